@@ -1,0 +1,22 @@
+"""Training by majority vote: one bit per gradient coordinate in each direction."""
+
+from signvote.ops import (
+    has_nonfinite,
+    implementations,
+    majority_vote,
+    num_words,
+    pack_signs,
+    unpack_signs,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "has_nonfinite",
+    "implementations",
+    "majority_vote",
+    "num_words",
+    "pack_signs",
+    "unpack_signs",
+]

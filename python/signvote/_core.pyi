@@ -1,0 +1,53 @@
+from typing import Any, SupportsIndex
+
+from numpy.typing import NDArray
+
+def implementations() -> list[str]: ...
+def mix(x: SupportsIndex) -> int: ...
+def pack_signs(
+    x: NDArray[Any], dtype: str, zeros: str, seed: SupportsIndex, out: NDArray[Any], implementation: str
+) -> tuple[int, int]: ...
+def pack_momentum(
+    x: NDArray[Any],
+    dtype: str,
+    momentum: NDArray[Any],
+    coefficients: tuple[float, float, float, float],
+    zeros: str,
+    seed: SupportsIndex,
+    out: NDArray[Any],
+    implementation: str,
+) -> tuple[int, int]: ...
+def has_nonfinite(x: NDArray[Any], dtype: str, implementation: str) -> bool: ...
+def majority_vote(
+    rows: NDArray[Any] | list[NDArray[Any]],
+    numel: SupportsIndex | None,
+    ties: str,
+    seed: SupportsIndex,
+    out: NDArray[Any],
+    implementation: str,
+) -> int: ...
+def unpack_signs(
+    words: NDArray[Any], numel: SupportsIndex, dtype: str, positive: int, out: NDArray[Any], implementation: str
+) -> None: ...
+def pack_runs(
+    bucket: NDArray[Any],
+    dtype: str,
+    momentum: NDArray[Any] | None,
+    coefficients: tuple[float, float, float, float],
+    runs: NDArray[Any],
+    zeros: str,
+    seed: SupportsIndex,
+    out: NDArray[Any],
+    implementation: str,
+) -> tuple[int, int]: ...
+def vote_runs(
+    rows: NDArray[Any] | list[NDArray[Any]],
+    runs: NDArray[Any],
+    ties: str,
+    seed: SupportsIndex,
+    out: NDArray[Any],
+    implementation: str,
+) -> int: ...
+def unpack_runs(
+    words: NDArray[Any], runs: NDArray[Any], dtype: str, positive: int, bucket: NDArray[Any], implementation: str
+) -> None: ...
