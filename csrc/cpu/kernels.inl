@@ -1,0 +1,507 @@
+// Every CPU kernel, once, in the vocabulary of simd_portable.h. kernels_<isa>.cpp includes one simd_<isa>.h, then this
+// file, and defines its table; the linkage rules of simd_portable.h hold here too.
+//
+// Numbers are told apart by integer comparisons of their bits, which no floating-point environment changes and which
+// make one template of all dtypes. The unit of work is a block: 64 coordinates, two words, one word of coins.
+#include <fenv.h>
+#include <string.h>
+
+namespace signvote {
+namespace {
+
+constexpr size_t kBlock = 64;
+
+template <DType kDType>
+struct Format;
+template <>
+struct Format<kFloat32> {
+  using Bits = uint32_t;
+  static constexpr Bits kInfinity = 0x7F800000, kSmallestNormal = 0x00800000;
+  static constexpr DType kMomentum = kFloat32;
+};
+template <>
+struct Format<kFloat64> {
+  using Bits = uint64_t;
+  static constexpr Bits kInfinity = 0x7FF0000000000000, kSmallestNormal = 0x0010000000000000;
+  static constexpr DType kMomentum = kFloat64;
+};
+template <>
+struct Format<kFloat16> {
+  using Bits = uint16_t;
+  static constexpr Bits kInfinity = 0x7C00;
+  static constexpr DType kMomentum = kFloat32;
+};
+template <>
+struct Format<kBFloat16> {
+  using Bits = uint16_t;
+  static constexpr Bits kInfinity = 0x7F80;
+  static constexpr DType kMomentum = kFloat32;
+};
+
+template <DType kDType>
+using BitsOf = typename Format<kDType>::Bits;
+
+template <class U>
+constexpr U kSignBit = static_cast<U>(U{1} << (8 * sizeof(U) - 1));
+template <class U>
+constexpr U kMagnitude = static_cast<U>(~kSignBit<U>);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Blocks of words
+
+inline uint64_t load_block(const uint32_t* words, size_t numel) {
+  return words[0] | (numel > 32 ? static_cast<uint64_t>(words[1]) << 32 : 0);
+}
+
+inline void store_block(uint32_t* words, uint64_t bits, size_t numel) {
+  words[0] = static_cast<uint32_t>(bits);
+  if (numel > 32) words[1] = static_cast<uint32_t>(bits >> 32);
+}
+
+// The first `numel` bits, numel < 64.
+inline uint64_t low_bits(size_t numel) { return (uint64_t{1} << numel) - 1; }
+
+inline uint64_t undecided_bits(Undecided rule, uint64_t coins) {
+  return rule == kCoin ? mix(coins) : rule == kPositive ? ~uint64_t{0} : 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// pack_signs, has_nonfinite
+
+template <DType kDType>
+inline uint64_t find_nonfinite(const BitsOf<kDType>* x) {
+  using U = BitsOf<kDType>;
+  const Lanes<U> magnitude = broadcast<U>(kMagnitude<U>), largest = broadcast<U>(Format<kDType>::kInfinity - 1);
+  return mask_of_64(x, [=](Lanes<U> u) { return greater(u & magnitude, largest); });
+}
+
+struct Signs {
+  uint64_t positive, zero, nonfinite;
+};
+
+template <DType kDType>
+inline Signs find_signs(const BitsOf<kDType>* x) {
+  using U = BitsOf<kDType>;
+  constexpr U kInfinity = Format<kDType>::kInfinity;
+  const Lanes<U> zero = broadcast<U>(0), magnitude = broadcast<U>(kMagnitude<U>);
+  // Zero and non-finite numbers are those whose magnitude - 1 is, unsigned, above that of the largest finite number.
+  // Adding the sign bit to both sides makes it a signed comparison; magnitude - 1 + sign bit = magnitude + kMagnitude.
+  const Lanes<U> limit = broadcast<U>(static_cast<U>((kInfinity - 2) ^ kSignBit<U>));
+  Signs signs{0, 0, 0};
+  signs.positive = mask_of_64(x, [=](Lanes<U> u) { return greater(u, zero); });
+  const uint64_t special = mask_of_64(x, [=](Lanes<U> u) { return greater((u & magnitude) + magnitude, limit); });
+  if (special != 0) {
+    signs.nonfinite = find_nonfinite<kDType>(x);
+    signs.zero = special ^ signs.nonfinite;
+    if (signs.nonfinite != 0) {
+      const Lanes<U> infinity = broadcast<U>(kInfinity);
+      signs.positive &= ~mask_of_64(x, [=](Lanes<U> u) { return greater(u, infinity); });
+    }
+  }
+  return signs;
+}
+
+// The bits of a block, and its counts added to `counts`.
+inline uint64_t decide_block(const Signs& signs, Undecided zeros, uint64_t coins, PackCounts& counts) {
+  uint64_t bits = signs.positive;
+  if ((signs.zero | signs.nonfinite) != 0) {
+    bits |= signs.zero & undecided_bits(zeros, coins);
+    counts.zeros += popcount(signs.zero);
+    counts.nonfinite += popcount(signs.nonfinite);
+  }
+  return bits;
+}
+
+// A block of its own for the last numel < 64 coordinates, filled up with a number that is neither zero nor non-finite.
+template <class U>
+struct Tail {
+  U block[kBlock];
+
+  Tail(const U* x, size_t numel) {
+    memcpy(block, x, numel * sizeof(U));
+    for (size_t i = numel; i < kBlock; ++i) block[i] = 1;
+  }
+};
+
+template <DType kDType>
+PackCounts pack_signs(const void* data, size_t numel, Undecided zeros, uint64_t coins, uint32_t* words) {
+  using U = BitsOf<kDType>;
+  const U* x = static_cast<const U*>(data);
+  PackCounts counts{0, 0};
+  for (; numel >= kBlock; numel -= kBlock, x += kBlock, words += 2, ++coins) {
+    store_block(words, decide_block(find_signs<kDType>(x), zeros, coins, counts), kBlock);
+  }
+  if (numel > 0) {
+    const Tail<U> tail(x, numel);
+    const uint64_t bits = decide_block(find_signs<kDType>(tail.block), zeros, coins, counts);
+    store_block(words, bits & low_bits(numel), numel);
+  }
+  return counts;
+}
+
+template <DType kDType>
+bool has_nonfinite(const void* data, size_t numel) {
+  using U = BitsOf<kDType>;
+  const U* x = static_cast<const U*>(data);
+  for (; numel >= kBlock; numel -= kBlock, x += kBlock) {
+    if (find_nonfinite<kDType>(x) != 0) return true;
+  }
+  return numel > 0 && find_nonfinite<kDType>(Tail<U>(x, numel).block) != 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// pack_momentum
+
+template <DType kDType>
+inline auto load_reals(const BitsOf<kDType>* x) {
+  if constexpr (kDType == kFloat16) {
+    return load_float16(x);
+  } else if constexpr (kDType == kBFloat16) {
+    return load_bfloat16(x);
+  } else {
+    return as_reals(load(x));
+  }
+}
+
+inline float as_coefficient(uint32_t, double value) { return static_cast<float>(value); }
+inline double as_coefficient(uint64_t, double value) { return value; }
+
+// The rule of momentum for a block: V is the width of momentum's dtype.
+template <DType kDType>
+struct MomentumRule {
+  static constexpr DType kMomentum = Format<kDType>::kMomentum;
+  using U = BitsOf<kDType>;
+  using V = BitsOf<kMomentum>;
+  using Coefficient = decltype(broadcast_real(as_coefficient(V{}, 0.0)));
+
+  Coefficient send_momentum, send_gradient, keep_momentum, keep_gradient;
+
+  explicit MomentumRule(const MomentumCoefficients& c)
+      : send_momentum(broadcast_real(as_coefficient(V{}, c.send_momentum))),
+        send_gradient(broadcast_real(as_coefficient(V{}, c.send_gradient))),
+        keep_momentum(broadcast_real(as_coefficient(V{}, c.keep_momentum))),
+        keep_gradient(broadcast_real(as_coefficient(V{}, c.keep_gradient))) {}
+
+  static Lanes<V> without_subnormals(Lanes<V> a) {
+    const Lanes<V> magnitude = broadcast<V>(kMagnitude<V>);
+    const Lanes<V> below = broadcast<V>(Format<kMomentum>::kSmallestNormal - 1);
+    return where(greater(a & magnitude, below), a);
+  }
+
+  // m is replaced; what to send goes to v. The gradient is finite.
+  void update(const U* gradient, V* m, V* v) const {
+    for (size_t i = 0; i < kBlock; i += Lanes<V>::kCount) {
+      const auto g_i = load_reals<kDType>(gradient + i);
+      const auto m_i = as_reals(load(m + i));
+      store(v + i, without_subnormals(as_bits(send_momentum * m_i + send_gradient * g_i)));
+      store(m + i, without_subnormals(as_bits(keep_momentum * m_i + keep_gradient * g_i)));
+    }
+  }
+
+  // For a non-finite coordinate the gradient counts as 0 in v, and m stays as it was.
+  Signs signs(const U* gradient, V* m) const {
+    V v[kBlock];
+    const uint64_t nonfinite = find_nonfinite<kDType>(gradient);
+    if (nonfinite == 0) {
+      update(gradient, m, v);
+    } else {
+      U finite[kBlock];
+      V kept[kBlock];
+      memcpy(finite, gradient, sizeof finite);
+      memcpy(kept, m, sizeof kept);
+      for (size_t i = 0; i < kBlock; ++i) finite[i] = (nonfinite >> i & 1) != 0 ? U{0} : finite[i];
+      update(finite, m, v);
+      for (size_t i = 0; i < kBlock; ++i) m[i] = (nonfinite >> i & 1) != 0 ? kept[i] : m[i];
+    }
+    Signs signs = find_signs<kMomentum>(v);
+    signs.nonfinite |= nonfinite;
+    return signs;
+  }
+};
+
+template <DType kDType>
+PackCounts pack_momentum(const void* gradient_data, void* momentum_data, size_t numel,
+                         const MomentumCoefficients& coefficients, Undecided zeros, uint64_t coins, uint32_t* words) {
+  using U = BitsOf<kDType>;
+  using V = typename MomentumRule<kDType>::V;
+  // This is arithmetic, and the caller's thread may flush subnormal numbers or round otherwise.
+  fenv_t environment;
+  fegetenv(&environment);
+  fesetenv(FE_DFL_ENV);
+  const MomentumRule<kDType> rule(coefficients);
+  const U* gradient = static_cast<const U*>(gradient_data);
+  V* m = static_cast<V*>(momentum_data);
+  PackCounts counts{0, 0};
+  for (; numel >= kBlock; numel -= kBlock, gradient += kBlock, m += kBlock, words += 2, ++coins) {
+    store_block(words, decide_block(rule.signs(gradient, m), zeros, coins, counts), kBlock);
+  }
+  if (numel > 0) {
+    const Tail<U> gradient_tail(gradient, numel);
+    Tail<V> m_tail(m, numel);
+    Signs signs = rule.signs(gradient_tail.block, m_tail.block);
+    memcpy(m, m_tail.block, numel * sizeof(V));
+    signs.positive &= low_bits(numel);
+    signs.zero &= low_bits(numel);
+    signs.nonfinite &= low_bits(numel);
+    store_block(words, decide_block(signs, zeros, coins, counts), numel);
+  }
+  fesetenv(&environment);
+  return counts;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// unpack_signs
+
+template <DType kDType>
+void unpack_signs(const uint32_t* words, size_t numel, uint64_t positive_bits, void* data) {
+  using U = BitsOf<kDType>;
+  const U positive = static_cast<U>(positive_bits), negative = static_cast<U>(positive ^ kSignBit<U>);
+  U* out = static_cast<U*>(data);
+  for (; numel >= kBlock; numel -= kBlock, words += 2, out += kBlock) {
+    select_64(load_block(words, kBlock), positive, negative, out);
+  }
+  if (numel > 0) {
+    U block[kBlock];
+    select_64(load_block(words, numel), positive, negative, block);
+    memcpy(out, block, numel * sizeof(U));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// majority_vote
+//
+// Vertical counters: bit j of the count of 64 coordinates at once is one word, and carry-save adders add rows of words
+// to it. A count starts at 2^k - 1 - num_rows / 2 instead of 0, with the smallest k that makes this no less than 0:
+// then a majority is bit k of the count, and a tie is a count whose bits 0 to k - 1 are all 1.
+
+inline Words mix_lanes(Words x) {
+  x = x + broadcast<uint64_t>(0x9E3779B97F4A7C15);
+  x = (x ^ shift_right<30>(x)) * broadcast<uint64_t>(0xBF58476D1CE4E5B9);
+  x = (x ^ shift_right<27>(x)) * broadcast<uint64_t>(0x94D049BB133111EB);
+  return x ^ shift_right<31>(x);
+}
+
+constexpr int count_bits_below_majority(size_t num_rows) {
+  int k = 0;
+  while ((size_t{1} << k) - 1 < num_rows / 2) ++k;
+  return k;
+}
+constexpr size_t first_count(size_t num_rows) {
+  return (size_t{1} << count_bits_below_majority(num_rows)) - 1 - num_rows / 2;
+}
+
+struct Decision {
+  Words majority, tie;
+};
+
+// Adds kNum bits of weight 1, whose count starts at kFirst and has its majority in bit kLevels.
+template <int kLevels, size_t kFirst, int kNum>
+inline Decision decide(const Words (&bits)[kNum]) {
+  if constexpr (kLevels == 0) {
+    // The count never exceeds this bit, so that at most one of its addends is 1.
+    Words majority = bits[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < kNum; ++i) majority = majority ^ bits[i];
+    return {majority, broadcast<uint64_t>(~uint64_t{0})};
+  } else {
+    constexpr bool kOne = kFirst % 2 != 0;
+    constexpr int kFullAdders = (kNum - 1) / 2;
+    constexpr bool kTwoLeft = kNum % 2 == 0;
+    constexpr int kCarries = kFullAdders + (kTwoLeft || kOne ? 1 : 0);
+    Words carries[kCarries], sum = bits[0];
+#pragma GCC unroll 16
+    for (int i = 0; i < kFullAdders; ++i) {
+      carries[i] = majority3(sum, bits[2 * i + 1], bits[2 * i + 2]);
+      sum = xor3(sum, bits[2 * i + 1], bits[2 * i + 2]);
+    }
+    const Words ones = broadcast<uint64_t>(~uint64_t{0});
+    if constexpr (kTwoLeft) {
+      const Words last = bits[kNum - 1];
+      carries[kFullAdders] = kOne ? sum | last : sum & last;
+      sum = kOne ? xor3(sum, last, ones) : sum ^ last;
+    } else if constexpr (kOne) {
+      carries[kFullAdders] = sum;
+      sum = sum ^ ones;
+    }
+    const Decision above = decide<kLevels - 1, kFirst / 2>(carries);
+    return {above.majority, above.tie & sum};
+  }
+}
+
+// Adds the bits of rows first to first + 2^kLevel - 1 to planes[0] to planes[kLevel - 1], and returns the carries to
+// planes[kLevel].
+template <int kLevel, class LoadRow>
+inline Words add_rows(Words* planes, const LoadRow& load_row, size_t first) {
+  if constexpr (kLevel == 0) {
+    return load_row(first);
+  } else {
+    const Words a = add_rows<kLevel - 1>(planes, load_row, first);
+    const Words b = add_rows<kLevel - 1>(planes, load_row, first + (size_t{1} << (kLevel - 1)));
+    const Words plane = planes[kLevel - 1];
+    planes[kLevel - 1] = xor3(plane, a, b);
+    return majority3(plane, a, b);
+  }
+}
+
+constexpr size_t kWords = 2 * Words::kCount;  // 32-bit words to a register
+constexpr size_t kTile = 32;                  // registers to a tile, a multiple of 16
+constexpr int kMaxPlanes = 16;                // as many as 65535 rows need
+
+// Writes decisions and counts ties.
+class VoteWriter {
+ public:
+  VoteWriter(size_t num_rows, Undecided ties, uint64_t coins, uint32_t* out)
+      : out_(out), can_tie_(num_rows % 2 == 0), ties_(ties), coins_(coins) {}
+
+  // The first `count` words of a register at `word`, of which only the bits in `valid` are coordinates.
+  void write(size_t word, Decision decision) { store_words(out_ + word, settle(word, decision)); }
+  void write(size_t word, Decision decision, size_t count, Words valid) {
+    store_words(out_ + word, settle(word, {decision.majority & valid, decision.tie & valid}), count);
+  }
+
+  uint64_t tied() {
+    while (num_tied_ != 0) remember(broadcast<uint64_t>(0));
+    return 16 * sixteens_ + 8 * popcount(planes_[3]) + 4 * popcount(planes_[2]) + 2 * popcount(planes_[1]) +
+           popcount(planes_[0]);
+  }
+
+ private:
+  Words settle(size_t word, const Decision& decision) {
+    if (!can_tie_) return decision.majority;
+    remember(decision.tie);
+    if (ties_ == kNegative) return decision.majority;
+    if (ties_ == kPositive) return decision.majority | decision.tie;
+    return choose(decision.tie, mix_lanes(broadcast<uint64_t>(coins_ + word / 2) + lane_index()), decision.majority);
+  }
+
+  void remember(Words tie) {
+    last_[num_tied_++] = tie;
+    if (num_tied_ == 16) {
+      sixteens_ += popcount(add_rows<4>(planes_, [this](size_t i) { return last_[i]; }, 0));
+      num_tied_ = 0;
+    }
+  }
+
+  uint32_t* out_;
+  bool can_tie_;
+  Undecided ties_;
+  uint64_t coins_;
+  Words last_[16];
+  size_t num_tied_ = 0;
+  Words planes_[4] = {broadcast<uint64_t>(0), broadcast<uint64_t>(0), broadcast<uint64_t>(0), broadcast<uint64_t>(0)};
+  uint64_t sixteens_ = 0;
+};
+
+// The bits of a register that the last `numel` coordinates fill.
+inline Words valid_bits(size_t numel) {
+  uint32_t words[kWords];
+  for (size_t i = 0; i < kWords; ++i) {
+    words[i] = numel >= 32 * (i + 1) ? ~uint32_t{0} : numel > 32 * i ? (uint32_t{1} << numel % 32) - 1 : 0;
+  }
+  return load_words(words);
+}
+
+// As many rows as fit in registers.
+template <int kRows>
+uint64_t vote_few(const uint32_t* const* rows, size_t numel, Undecided ties, uint64_t coins, uint32_t* out) {
+  constexpr int kLevels = count_bits_below_majority(kRows);
+  VoteWriter writer(kRows, ties, coins, out);
+  size_t word = 0;
+  Words bits[kRows];
+  for (; numel >= 32 * kWords; numel -= 32 * kWords, word += kWords) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) bits[i] = load_words(rows[i] + word);
+    writer.write(word, decide<kLevels, first_count(kRows)>(bits));
+  }
+  if (numel > 0) {
+    const size_t count = (numel + 31) / 32;
+    for (int i = 0; i < kRows; ++i) bits[i] = load_words(rows[i] + word, count);
+    writer.write(word, decide<kLevels, first_count(kRows)>(bits), count, valid_bits(numel));
+  }
+  return writer.tied();
+}
+
+using Planes = Words[kMaxPlanes][kTile];
+
+// Adds 2^kLevel rows to the planes of `num` registers.
+template <int kLevel, class Load>
+inline void add_to_planes(Planes& planes, int num_planes, size_t num, const uint32_t* const* rows, const Load& load) {
+  for (size_t t = 0; t < num; ++t) {
+    Words low[kLevel + 1];
+    for (int j = 0; j < kLevel; ++j) low[j] = planes[j][t];
+    Words carry = add_rows<kLevel>(low, [&](size_t i) { return load(rows[i], t); }, 0);
+    for (int j = 0; j < kLevel; ++j) planes[j][t] = low[j];
+    for (int j = kLevel; j < num_planes; ++j) {
+      const Words plane = planes[j][t];
+      planes[j][t] = plane ^ carry;
+      carry = plane & carry;
+    }
+  }
+}
+
+template <class Load>
+inline void count_tile(Planes& planes, int num_planes, size_t num, const uint32_t* const* rows, size_t num_rows,
+                       const Load& load) {
+  const size_t first = first_count(num_rows);
+  for (int j = 0; j < num_planes; ++j) {
+    const Words bits = broadcast<uint64_t>((first >> j & 1) != 0 ? ~uint64_t{0} : 0);
+    for (size_t t = 0; t < num; ++t) planes[j][t] = bits;
+  }
+  for (; num_rows >= 16; num_rows -= 16, rows += 16) add_to_planes<4>(planes, num_planes, num, rows, load);
+  if (num_rows & 8) add_to_planes<3>(planes, num_planes, num, rows, load), rows += 8;
+  if (num_rows & 4) add_to_planes<2>(planes, num_planes, num, rows, load), rows += 4;
+  if (num_rows & 2) add_to_planes<1>(planes, num_planes, num, rows, load), rows += 2;
+  if (num_rows & 1) add_to_planes<0>(planes, num_planes, num, rows, load);
+}
+
+inline Decision read_planes(const Planes& planes, int num_planes, size_t t) {
+  Words tie = planes[0][t];
+  for (int j = 1; j < num_planes - 1; ++j) tie = tie & planes[j][t];
+  return {planes[num_planes - 1][t], tie};
+}
+
+uint64_t vote_many(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties, uint64_t coins,
+                   uint32_t* out) {
+  const int num_planes = count_bits_below_majority(num_rows) + 1;
+  VoteWriter writer(num_rows, ties, coins, out);
+  Planes planes;
+  size_t word = 0;
+  while (numel >= 32 * kWords) {
+    const size_t left = numel / (32 * kWords), num = left < kTile ? left : kTile;
+    count_tile(planes, num_planes, num, rows, num_rows,
+               [=](const uint32_t* row, size_t t) { return load_words(row + word + t * kWords); });
+    for (size_t t = 0; t < num; ++t) writer.write(word + t * kWords, read_planes(planes, num_planes, t));
+    numel -= 32 * kWords * num;
+    word += kWords * num;
+  }
+  if (numel > 0) {
+    const size_t count = (numel + 31) / 32;
+    count_tile(planes, num_planes, 1, rows, num_rows,
+               [=](const uint32_t* row, size_t) { return load_words(row + word, count); });
+    writer.write(word, read_planes(planes, num_planes, 0), count, valid_bits(numel));
+  }
+  return writer.tied();
+}
+
+uint64_t majority_vote(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties, uint64_t coins,
+                       uint32_t* out) {
+  using VoteFew = uint64_t (*)(const uint32_t* const*, size_t, Undecided, uint64_t, uint32_t*);
+  static constexpr VoteFew kVoteFew[] = {vote_few<1>, vote_few<2>, vote_few<3>, vote_few<4>, vote_few<5>,
+                                         vote_few<6>, vote_few<7>, vote_few<8>, vote_few<9>};
+  constexpr size_t kFew = sizeof kVoteFew / sizeof *kVoteFew;
+  if (num_rows <= kFew) return kVoteFew[num_rows - 1](rows, numel, ties, coins, out);
+  return vote_many(rows, num_rows, numel, ties, coins, out);
+}
+
+}  // namespace
+
+#define SIGNVOTE_FOR_EACH_DTYPE(op) {op<kFloat32>, op<kFloat64>, op<kFloat16>, op<kBFloat16>}
+#define SIGNVOTE_KERNELS(name)             \
+  {name,                                   \
+   SIGNVOTE_FOR_EACH_DTYPE(pack_signs),    \
+   SIGNVOTE_FOR_EACH_DTYPE(pack_momentum), \
+   SIGNVOTE_FOR_EACH_DTYPE(has_nonfinite), \
+   majority_vote,                          \
+   SIGNVOTE_FOR_EACH_DTYPE(unpack_signs)}
+
+}  // namespace signvote

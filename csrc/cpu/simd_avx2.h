@@ -1,0 +1,217 @@
+// The vocabulary of simd_portable.h for AVX2 and F16C.
+#ifndef SIGNVOTE_CPU_SIMD_AVX2_H
+#define SIGNVOTE_CPU_SIMD_AVX2_H
+
+#include <immintrin.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../kernels.h"
+
+namespace signvote {
+namespace {
+
+template <class U>
+struct Lanes {
+  static constexpr size_t kCount = 32 / sizeof(U);
+  __m256i value;
+};
+
+// All bits of a lane are 1 where it is true.
+template <class U>
+struct Mask {
+  __m256i value;
+};
+
+template <class U>
+inline Lanes<U> broadcast(U value) {
+  if constexpr (sizeof(U) == 2) {
+    return {_mm256_set1_epi16(static_cast<short>(value))};
+  } else if constexpr (sizeof(U) == 4) {
+    return {_mm256_set1_epi32(static_cast<int>(value))};
+  } else {
+    return {_mm256_set1_epi64x(static_cast<long long>(value))};
+  }
+}
+
+template <class U>
+inline Lanes<U> load(const U* from) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
+}
+template <class U>
+inline void store(U* to, Lanes<U> a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a.value);
+}
+
+template <class U>
+inline Lanes<U> operator&(Lanes<U> a, Lanes<U> b) {
+  return {_mm256_and_si256(a.value, b.value)};
+}
+template <class U>
+inline Lanes<U> operator|(Lanes<U> a, Lanes<U> b) {
+  return {_mm256_or_si256(a.value, b.value)};
+}
+template <class U>
+inline Lanes<U> operator^(Lanes<U> a, Lanes<U> b) {
+  return {_mm256_xor_si256(a.value, b.value)};
+}
+template <class U>
+inline Lanes<U> operator+(Lanes<U> a, Lanes<U> b) {
+  if constexpr (sizeof(U) == 2) {
+    return {_mm256_add_epi16(a.value, b.value)};
+  } else if constexpr (sizeof(U) == 4) {
+    return {_mm256_add_epi32(a.value, b.value)};
+  } else {
+    return {_mm256_add_epi64(a.value, b.value)};
+  }
+}
+// low × low + 2^32 (low × high + high × low)
+inline Lanes<uint64_t> operator*(Lanes<uint64_t> a, Lanes<uint64_t> b) {
+  const __m256i low_high = _mm256_mul_epu32(a.value, _mm256_srli_epi64(b.value, 32));
+  const __m256i high_low = _mm256_mul_epu32(_mm256_srli_epi64(a.value, 32), b.value);
+  const __m256i high = _mm256_slli_epi64(_mm256_add_epi64(low_high, high_low), 32);
+  return {_mm256_add_epi64(_mm256_mul_epu32(a.value, b.value), high)};
+}
+template <int kShift>
+inline Lanes<uint64_t> shift_right(Lanes<uint64_t> a) {
+  return {_mm256_srli_epi64(a.value, kShift)};
+}
+
+template <class U>
+inline Mask<U> greater(Lanes<U> a, Lanes<U> b) {
+  if constexpr (sizeof(U) == 2) {
+    return {_mm256_cmpgt_epi16(a.value, b.value)};
+  } else if constexpr (sizeof(U) == 4) {
+    return {_mm256_cmpgt_epi32(a.value, b.value)};
+  } else {
+    return {_mm256_cmpgt_epi64(a.value, b.value)};
+  }
+}
+
+template <class U>
+inline Lanes<U> where(Mask<U> mask, Lanes<U> a) {
+  return {_mm256_and_si256(mask.value, a.value)};
+}
+
+template <class U, class Predicate>
+inline uint64_t mask_of_64(const U* x, Predicate predicate) {
+  const auto test = [&](size_t i) { return predicate(load(x + i * Lanes<U>::kCount)).value; };
+  uint64_t bits = 0;
+  if constexpr (sizeof(U) == 2) {
+    // Packing works within halves of a register: put the four quarters back in order.
+    for (size_t i = 0; i < 2; ++i) {
+      const __m256i bytes = _mm256_packs_epi16(test(2 * i), test(2 * i + 1));
+      const int mask = _mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, _MM_SHUFFLE(3, 1, 2, 0)));
+      bits |= static_cast<uint64_t>(static_cast<uint32_t>(mask)) << (32 * i);
+    }
+  } else if constexpr (sizeof(U) == 4) {
+    for (size_t i = 0; i < 8; ++i) {
+      const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(test(i)));
+      bits |= static_cast<uint64_t>(static_cast<uint32_t>(mask)) << (8 * i);
+    }
+  } else {
+    for (size_t i = 0; i < 16; ++i) {
+      const int mask = _mm256_movemask_pd(_mm256_castsi256_pd(test(i)));
+      bits |= static_cast<uint64_t>(static_cast<uint32_t>(mask)) << (4 * i);
+    }
+  }
+  return bits;
+}
+
+template <class U>
+inline void select_64(uint64_t bits, U set, U clear, U* out) {
+  const __m256i ones = broadcast(set).value, zeros = broadcast(clear).value;
+  if constexpr (sizeof(U) == 2) {
+    const __m256i weights = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+                                              static_cast<short>(0x8000));
+    for (size_t i = 0; i < 4; ++i) {
+      const __m256i all = _mm256_set1_epi16(static_cast<short>(bits >> (16 * i)));
+      const __m256i mask = _mm256_cmpeq_epi16(_mm256_and_si256(all, weights), weights);
+      store(out + 16 * i, Lanes<U>{_mm256_blendv_epi8(zeros, ones, mask)});
+    }
+  } else if constexpr (sizeof(U) == 4) {
+    // The bit of each lane is moved to where blendv looks: the sign.
+    const __m256i shifts = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    for (size_t i = 0; i < 8; ++i) {
+      const __m256i mask = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(bits >> (8 * i))), shifts);
+      const __m256 blend =
+          _mm256_blendv_ps(_mm256_castsi256_ps(zeros), _mm256_castsi256_ps(ones), _mm256_castsi256_ps(mask));
+      store(out + 8 * i, Lanes<U>{_mm256_castps_si256(blend)});
+    }
+  } else {
+    const __m256i shifts = _mm256_setr_epi64x(63, 62, 61, 60);
+    for (size_t i = 0; i < 16; ++i) {
+      const __m256i mask = _mm256_sllv_epi64(_mm256_set1_epi64x(static_cast<long long>(bits >> (4 * i))), shifts);
+      const __m256d blend =
+          _mm256_blendv_pd(_mm256_castsi256_pd(zeros), _mm256_castsi256_pd(ones), _mm256_castsi256_pd(mask));
+      store(out + 4 * i, Lanes<U>{_mm256_castpd_si256(blend)});
+    }
+  }
+}
+
+inline size_t popcount(uint64_t x) { return static_cast<size_t>(_mm_popcnt_u64(x)); }
+
+template <class Real>
+struct Reals;
+template <>
+struct Reals<float> {
+  __m256 value;
+};
+template <>
+struct Reals<double> {
+  __m256d value;
+};
+
+inline Reals<float> broadcast_real(float value) { return {_mm256_set1_ps(value)}; }
+inline Reals<double> broadcast_real(double value) { return {_mm256_set1_pd(value)}; }
+
+inline Reals<float> operator*(Reals<float> a, Reals<float> b) { return {_mm256_mul_ps(a.value, b.value)}; }
+inline Reals<double> operator*(Reals<double> a, Reals<double> b) { return {_mm256_mul_pd(a.value, b.value)}; }
+inline Reals<float> operator+(Reals<float> a, Reals<float> b) { return {_mm256_add_ps(a.value, b.value)}; }
+inline Reals<double> operator+(Reals<double> a, Reals<double> b) { return {_mm256_add_pd(a.value, b.value)}; }
+
+inline Lanes<uint32_t> as_bits(Reals<float> a) { return {_mm256_castps_si256(a.value)}; }
+inline Lanes<uint64_t> as_bits(Reals<double> a) { return {_mm256_castpd_si256(a.value)}; }
+inline Reals<float> as_reals(Lanes<uint32_t> bits) { return {_mm256_castsi256_ps(bits.value)}; }
+inline Reals<double> as_reals(Lanes<uint64_t> bits) { return {_mm256_castsi256_pd(bits.value)}; }
+
+inline Reals<float> load_float16(const uint16_t* x) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+}
+inline Reals<float> load_bfloat16(const uint16_t* x) {
+  const __m256i widened = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(widened, 16))};
+}
+
+using Words = Lanes<uint64_t>;
+
+inline __m256i first_words(size_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline Words load_words(const uint32_t* from) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))}; }
+inline Words load_words(const uint32_t* from, size_t count) {
+  return {_mm256_maskload_epi32(reinterpret_cast<const int*>(from), first_words(count))};
+}
+inline void store_words(uint32_t* to, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a.value); }
+inline void store_words(uint32_t* to, Words a, size_t count) {
+  _mm256_maskstore_epi32(reinterpret_cast<int*>(to), first_words(count), a.value);
+}
+
+inline Words lane_index() { return {_mm256_setr_epi64x(0, 1, 2, 3)}; }
+
+inline Words xor3(Words a, Words b, Words c) { return a ^ b ^ c; }
+inline Words majority3(Words a, Words b, Words c) { return (a & b) | ((a ^ b) & c); }
+inline Words choose(Words bits, Words b, Words c) { return c ^ (bits & (b ^ c)); }
+
+inline uint64_t popcount(Words a) {
+  uint64_t lanes[4], sum = 0;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), a.value);
+  for (uint64_t lane : lanes) sum += popcount(lane);
+  return sum;
+}
+
+}  // namespace
+}  // namespace signvote
+
+#endif

@@ -1,0 +1,73 @@
+// The contract between the kernels and everything above them: the word format, the meaning of each op, and the table
+// through which an implementation is called. A kernel never throws, allocates or checks: the binding has checked.
+//
+// Word format. Coordinate i is bit i % 32 of word i / 32, least significant bit first; 1 is positive, 0 is negative;
+// the unused bits of the last word are 0. Words need no alignment beyond that of uint32_t, coordinates none beyond
+// that of their dtype.
+//
+// Coins. A coordinate without a sign and a vote without a majority take a coin: coin(seed, i) is bit i % 64 of
+// mix(mix(seed) + i / 64). A kernel is handed `coins`, which is mix(seed) plus the index of the first block of 64
+// coordinates it works on, so that a range that starts at a multiple of 64 can be worked on alone.
+#ifndef SIGNVOTE_KERNELS_H
+#define SIGNVOTE_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace signvote {
+
+enum DType : int { kFloat32, kFloat64, kFloat16, kBFloat16, kNumDTypes };
+
+// The bit of a coordinate that is exactly zero, or of a vote that is tied.
+enum Undecided : int { kNegative, kPositive, kCoin };
+
+struct PackCounts {
+  uint64_t zeros;      // coordinates that were undecided: ±0
+  uint64_t nonfinite;  // NaN or ±inf
+};
+
+// Two-coefficient momentum: send sign(send_momentum * m + send_gradient * g), then
+// keep m = keep_momentum * m + keep_gradient * g.
+struct MomentumCoefficients {
+  double send_momentum, send_gradient, keep_momentum, keep_gradient;
+};
+
+struct Kernels {
+  const char* name;
+
+  // One bit per coordinate of x: 1 if x > 0, 0 if x < 0 or NaN, `zeros` if x is ±0. Subnormal numbers have a sign,
+  // whatever the floating-point environment says. Writes ceil(numel / 32) words.
+  PackCounts (*pack_signs[kNumDTypes])(const void* x, size_t numel, Undecided zeros, uint64_t coins, uint32_t* words);
+
+  // The same of v = send_momentum * m + send_gradient * g, and m is replaced. Momentum, coefficients and arithmetic
+  // are float32 (float64 for a float64 gradient): two rounded products and a rounded sum, never fused. A result
+  // smaller than the smallest normal number is 0, for v and for m: otherwise the momentum of a coordinate that gets
+  // no gradient any more stops at the smallest subnormal, and votes one way for ever. Where g is not finite it is
+  // counted, m stays as it was, and the bit is that of send_momentum * m.
+  PackCounts (*pack_momentum[kNumDTypes])(const void* gradient, void* momentum, size_t numel,
+                                          const MomentumCoefficients& coefficients, Undecided zeros, uint64_t coins,
+                                          uint32_t* words);
+
+  // True if any coordinate of x is NaN or ±inf.
+  bool (*has_nonfinite[kNumDTypes])(const void* x, size_t numel);
+
+  // Per coordinate, the bit that more of the num_rows rows of ceil(numel / 32) words hold, `ties` where as many hold 1
+  // as 0. 1 <= num_rows <= 65535. Returns how many of the numel coordinates were tied.
+  uint64_t (*majority_vote)(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties, uint64_t coins,
+                            uint32_t* out);
+
+  // out[i] = the value whose bits are `positive`, with its sign bit flipped where the bit of coordinate i is 0.
+  void (*unpack_signs[kNumDTypes])(const uint32_t* words, size_t numel, uint64_t positive, void* out);
+};
+
+// One step of splitmix64.
+static inline uint64_t mix(uint64_t x) {
+  x += 0x9E3779B97F4A7C15u;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
+}  // namespace signvote
+
+#endif
