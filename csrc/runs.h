@@ -50,9 +50,9 @@ inline PackCounts pack_runs_momentum(const Kernels& kernels, DType dtype, const 
                                      const Runs& runs, Undecided zeros, uint64_t seed, uint32_t* words) {
   PackCounts sum{0, 0};
   for (const Run& run : runs) {
-    const PackCounts counts = kernels.pack_momentum[dtype](
-        bucket + run.coordinate * itemsize, momentum + run.coordinate * momentum_itemsize, run.numel, coefficients,
-        zeros, coins_of(run, seed), words + run.word);
+    const PackCounts counts =
+        kernels.pack_momentum[dtype](bucket + run.coordinate * itemsize, momentum + run.coordinate * momentum_itemsize,
+                                     run.numel, coefficients, zeros, coins_of(run, seed), words + run.word);
     sum.zeros += counts.zeros;
     sum.nonfinite += counts.nonfinite;
   }

@@ -70,7 +70,10 @@ def flush(x: Floats) -> Floats:
 def pack_momentum(
     x: Floats, momentum: Floats, coefficients: Sequence[float], zeros: str = "coin", seed: int = 0, first: int = 0
 ) -> tuple[Words, Floats, int, int]:
-    """The words, the new momentum, how many coordinates were undecided, and how many of ``x`` are not finite."""
+    """The words, the new momentum, how many coordinates were undecided, and how many were not finite.
+
+    Not finite are those where ``x`` is not, or what is to be sent.
+    """
     m = momentum.reshape(-1)
     g = x.reshape(-1).astype(m.dtype)
     send_momentum, send_gradient, keep_momentum, keep_gradient = (m.dtype.type(value) for value in coefficients)
@@ -79,7 +82,7 @@ def pack_momentum(
         sent = flush(np.where(finite, send_momentum * m + send_gradient * g, send_momentum * m))
         kept = np.where(finite, flush(keep_momentum * m + keep_gradient * g), m)
     words, undecided, _ = pack_signs(sent, zeros, seed, first)
-    return words, kept.reshape(momentum.shape), undecided, int(np.sum(~finite))
+    return words, kept.reshape(momentum.shape), undecided, int(np.sum(~finite | ~np.isfinite(sent)))
 
 
 def has_nonfinite(x: Floats) -> bool:
@@ -113,7 +116,7 @@ def pack_runs(
     zeros: str,
     seed: int,
 ) -> tuple[int, int]:
-    """Writes to ``out`` and ``momentum``; how many coordinates were undecided, and how many are not finite."""
+    """Writes to ``out`` and ``momentum``; how many coordinates were undecided, and how many were not finite."""
     total_undecided = total_nonfinite = 0
     for place, first, numel, coordinate, word in runs.tolist():
         x = bucket[coordinate : coordinate + numel]

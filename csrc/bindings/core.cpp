@@ -148,7 +148,8 @@ void check_writable(const Argument& argument, const py::array& array) {
 
 Span to_span(const Argument& argument, const py::array& array, size_t itemsize, Access access) {
   if ((array.flags() & py::array::c_style) == 0) {
-    argument.value_error("is not contiguous", "a C-contiguous array; numpy.ascontiguousarray(x) or x.contiguous() makes one");
+    argument.value_error("is not contiguous",
+                         "a C-contiguous array; numpy.ascontiguousarray(x) or x.contiguous() makes one");
   }
   if (access == Access::kWrite) check_writable(argument, array);
   const Span span{static_cast<char*>(const_cast<void*>(array.data())), static_cast<size_t>(array.size()), itemsize};
@@ -282,22 +283,22 @@ Runs to_runs(const char* op, const py::array& array, size_t numel, size_t width)
   const Runs runs{reinterpret_cast<const Run*>(span.data), static_cast<size_t>(array.shape(0))};
   for (size_t i = 0; i < runs.size; ++i) {
     const Run& run = runs.data[i];
-    const auto is = [&](const char* column, int64_t value) {
-      return "has " + std::string(column) + " " + std::to_string(value) + " in row " + std::to_string(i);
+    const auto is = [&](const char* column, int64_t value, const std::string& more = "") {
+      return "has " + std::string(column) + " " + std::to_string(value) + more + " in row " + std::to_string(i);
     };
+    const auto and_numel = [&] { return " and numel " + std::to_string(run.numel); };
     if (run.place < 0) argument.value_error(is("place", run.place), "0 or more");
     if (run.first < 0 || run.first % 64 != 0) argument.value_error(is("first", run.first), "a multiple of 64");
     if (run.numel < 0) argument.value_error(is("numel", run.numel), "0 or more");
     const size_t count = static_cast<size_t>(run.numel);
     if (run.coordinate < 0 || (numel != kAnyNumel && (static_cast<size_t>(run.coordinate) > numel ||
                                                       count > numel - static_cast<size_t>(run.coordinate)))) {
-      argument.value_error(is("coordinate", run.coordinate) + " and numel " + std::to_string(run.numel),
+      argument.value_error(is("coordinate", run.coordinate, and_numel()),
                            "a range within " + std::to_string(numel) + " coordinates");
     }
     if (run.word < 0 || static_cast<size_t>(run.word) > width ||
         num_words(count) > width - static_cast<size_t>(run.word)) {
-      argument.value_error(is("word", run.word) + " and numel " + std::to_string(run.numel),
-                           "a range within " + std::to_string(width) + " words");
+      argument.value_error(is("word", run.word, and_numel()), "a range within " + std::to_string(width) + " words");
     }
   }
   return runs;
@@ -311,8 +312,8 @@ void check_runs_apart(const char* op, const Runs& runs, const std::string& writt
 
 using Counts = std::pair<uint64_t, uint64_t>;  // zeros, nonfinite
 
-Counts pack_signs(const py::array& x, py::handle dtype_name, py::handle zeros_name, py::handle seed, const py::array& out,
-                  py::handle implementation) {
+Counts pack_signs(const py::array& x, py::handle dtype_name, py::handle zeros_name, py::handle seed,
+                  const py::array& out, py::handle implementation) {
   const char* op = "pack_signs";
   const Kernels& kernels = to_kernels(op, implementation);
   const DType dtype = to_dtype(op, dtype_name);
@@ -419,11 +420,12 @@ Counts pack_runs(const py::array& bucket_array, py::handle dtype_name, const std
     check_apart(out_argument, words, "momentum", momentum);
     check_runs_apart(op, runs, "momentum", momentum);
     py::gil_scoped_release release;
-    counts = signvote::pack_runs_momentum(kernels, dtype, bucket.data, bucket.itemsize, momentum.data, momentum.itemsize,
-                                coefficients, runs, zeros, seed, words.mutable_words());
+    counts = signvote::pack_runs_momentum(kernels, dtype, bucket.data, bucket.itemsize, momentum.data,
+                                          momentum.itemsize, coefficients, runs, zeros, seed, words.mutable_words());
   } else {
     py::gil_scoped_release release;
-    counts = signvote::pack_runs(kernels, dtype, bucket.data, bucket.itemsize, runs, zeros, seed, words.mutable_words());
+    counts =
+        signvote::pack_runs(kernels, dtype, bucket.data, bucket.itemsize, runs, zeros, seed, words.mutable_words());
   }
   return {counts.zeros, counts.nonfinite};
 }

@@ -16,7 +16,7 @@ import math
 import operator
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
@@ -104,14 +104,14 @@ def pack_signs(
     source, dtype = input_coordinates(op, "x", x)
     result, words = _words_out(op, x, (source.size + 31) // 32, out)
     _core.pack_signs(source, dtype, zeros, seed, words, implementation or default_implementation())
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def pack_momentum(
     x: Array,
     momentum: Array,
     *,
-    coefficients: Sequence[SupportsFloat],
+    coefficients: Iterable[Any],
     zeros: str = "coin",
     seed: SupportsIndex = 0,
     out: Array | None = None,
@@ -153,7 +153,7 @@ def pack_momentum(
         raise ValueError(f"{op}: coefficients is {coefficients!r}, expected four finite numbers") from None
     implementation = implementation or default_implementation()
     _core.pack_momentum(source, dtype, kept, (a, b, c, d), zeros, seed, words, implementation)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def majority_vote(
@@ -204,7 +204,7 @@ def majority_vote(
         width = rows.shape[-1] if rows.ndim else 0
     result, words = _words_out(op, like, width, out)
     _core.majority_vote(rows, numel, ties, seed, words, implementation or default_implementation())
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def unpack_signs(
@@ -254,7 +254,7 @@ def unpack_signs(
     target, name = written_coordinates(op, "out", result)
     positive = scale_bits(op, scale, name)
     _core.unpack_signs(source, numel, name, positive, target, implementation or default_implementation())
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def has_nonfinite(x: AnyArray, *, implementation: str | None = None) -> bool:

@@ -1,0 +1,29 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+import signvote
+from ranks import RankPool
+
+# The same examples in every run: a failure is one of this commit, not of the day.
+hypothesis.settings.register_profile("signvote", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("signvote")
+
+
+@pytest.fixture(params=signvote.implementations())
+def implementation(request: pytest.FixtureRequest) -> str:
+    """Every implementation that this CPU can run."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Four real gloo ranks, which stay up between tests."""
+    with RankPool(4) as pool:
+        yield pool

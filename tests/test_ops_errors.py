@@ -1,0 +1,583 @@
+"""Bad input raises the documented error, in the documented words, and nothing is written."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import signvote
+from signvote import _core, ops, runs
+
+SENTINEL = 0x5A5A5A5A
+X = torch.linspace(-1, 1, 100)
+NX = X.numpy()
+W = signvote.pack_signs(X)
+NW = signvote.pack_signs(NX)
+NEGATIVE: torch.Tensor = torch._neg_view(torch.ones(100))
+HALF = (0.5, 0.5, 0.5, 0.5)
+
+
+def words(numel: int = 4) -> torch.Tensor:
+    return torch.full((numel,), SENTINEL, dtype=torch.int32)
+
+
+def numpy_words(numel: int = 4) -> Any:
+    return np.full(numel, SENTINEL, np.uint32)
+
+
+def read_only(array: Any) -> Any:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def misaligned(array: Any) -> Any:
+    memory = np.zeros(array.nbytes + 1, np.uint8)
+    view = memory[1:].view(array.dtype)
+    view[:] = array
+    return view
+
+
+def check(call: Callable[[Any], object], out: Any, error: type[Exception], message: str) -> None:
+    before = out.tobytes() if isinstance(out, np.ndarray) else bytes(out.untyped_storage())
+    with pytest.raises(error, match="^" + re.escape(message)):
+        call(out)
+    after = out.tobytes() if isinstance(out, np.ndarray) else bytes(out.untyped_storage())
+    assert before == after
+
+
+def quietly(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Without torch's warnings about kinds of tensors that it calls deprecated or beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make()
+
+
+def described(*cases: tuple[Any, type[Exception], str]) -> list[Any]:
+    """Cases with their message for a name."""
+    return [pytest.param(*case, id=case[-1].split(",")[0]) for case in cases]
+
+
+COORDINATES = described(
+    (X.int(), TypeError, "x is torch.int32, expected float32, float64, float16 or bfloat16"),
+    (X > 0, TypeError, "x is torch.bool, expected float32"),
+    (X.to(torch.complex64), TypeError, "x is torch.complex64, expected float32"),
+    (quietly(lambda: torch.quantize_per_tensor(X, 1, 0, torch.qint8)), TypeError, "x is torch.qint8, expected float32"),
+    (X.to(torch.float8_e5m2), TypeError, "x is torch.float8_e5m2, expected float32"),
+    (X.to_sparse(), ValueError, "x has layout torch.sparse_coo, expected a dense tensor; x.to_dense() makes one"),
+    (quietly(X.reshape(10, 10).to_sparse_csr), ValueError, "x has layout torch.sparse_csr, expected a dense tensor"),
+    (X.to("meta"), ValueError, "x is on device meta, expected cpu"),
+    (X.reshape(10, 10).T, ValueError, "x is not contiguous, expected a C-contiguous array; numpy.ascontiguousarray"),
+    (X[::2], ValueError, "x is not contiguous"),
+    (X[:1].expand(100), ValueError, "x is not contiguous"),
+    (NEGATIVE, ValueError, "x has its negative bit set, expected a plain tensor; x.resolve_neg() makes one"),
+    (torch.zeros(5, dtype=torch.complex64).conj().imag, ValueError, "x has its negative bit set"),
+    (NX.astype(np.int64), TypeError, "x is int64, expected float32"),
+    (NX > 0, TypeError, "x is bool, expected float32"),
+    (NX.astype(np.complex64), TypeError, "x is complex64, expected float32"),
+    (NX.astype(np.longdouble), TypeError, f"x is {np.dtype(np.longdouble)}, expected float32"),
+    (NX.astype(">f4"), TypeError, "x is >f4, expected float32"),
+    (NX.astype(object), TypeError, "x is object, expected float32"),
+    (np.asfortranarray(NX.reshape(10, 10)), ValueError, "x is not contiguous"),
+    (NX[::-1], ValueError, "x is not contiguous"),
+    (misaligned(NX), ValueError, "x is not aligned, expected an address that is a multiple of 4"),
+    ([1.0, 2.0], TypeError, "x is a list, expected a NumPy array or a torch tensor"),
+    (1.0, TypeError, "x is a float, expected a NumPy array or a torch tensor"),
+    (np.float32(1.0), TypeError, "x is a float32, expected a NumPy array or a torch tensor"),
+    (None, TypeError, "x is a NoneType, expected a NumPy array or a torch tensor"),
+)
+
+
+@pytest.mark.parametrize(("x", "error", "message"), COORDINATES)
+def test_coordinates(x: Any, error: type[Exception], message: str) -> None:
+    out = words() if isinstance(x, torch.Tensor) else numpy_words()
+    check(lambda out: signvote.pack_signs(x, out=out), out, error, f"pack_signs: {message}")
+    with pytest.raises(error, match="^has_nonfinite: " + re.escape(message)):
+        signvote.has_nonfinite(x)
+    momentum = torch.zeros(100) if isinstance(x, torch.Tensor) else np.zeros(100, np.float32)
+    check(
+        lambda out: ops.pack_momentum(x, momentum, coefficients=HALF, out=out),
+        out,
+        error,
+        f"pack_momentum: {message}",
+    )
+    assert not momentum.any()
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    described(
+        (words(3), ValueError, "out has 3 words, expected 4"),
+        (words(5), ValueError, "out has 5 words, expected 4"),
+        (words(4).reshape(2, 2), ValueError, "out has 2 dimensions, expected 1"),
+        (words(8)[::2], ValueError, "out is not contiguous"),
+        (words(4).long(), TypeError, "out is torch.int64, expected int32 words"),
+        (words(4).float(), TypeError, "out is torch.float32, expected int32 words"),
+        (words(4).to("meta"), ValueError, "out is on device meta, expected cpu"),
+        (numpy_words(), TypeError, "out is a ndarray, expected a torch tensor like the other arguments"),
+        ([0] * 4, TypeError, "out is a list, expected a torch tensor like the other arguments"),
+    ),
+)
+def test_words_out(out: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^pack_signs: " + re.escape(message)):
+        signvote.pack_signs(X, out=out)
+    with pytest.raises(error, match="^majority_vote: " + re.escape(message)):
+        signvote.majority_vote([W], out=out)
+    with pytest.raises(error, match="^pack_momentum: " + re.escape(message)):
+        ops.pack_momentum(X, X.clone(), coefficients=HALF, out=out)
+    if isinstance(out, torch.Tensor) and out.device.type == "cpu":
+        assert torch.all(out == torch.tensor(SENTINEL).to(out.dtype))
+
+
+def test_numpy_words_out() -> None:
+    check(
+        lambda out: signvote.pack_signs(NX, out=read_only(out)),
+        numpy_words(),
+        ValueError,
+        "pack_signs: out is read-only, expected a writable array",
+    )
+    check(
+        lambda out: signvote.majority_vote(NW[None], out=read_only(out)),
+        numpy_words(),
+        ValueError,
+        "majority_vote: out is read-only, expected a writable array",
+    )
+    check(
+        lambda out: signvote.pack_signs(NX, out=out),
+        numpy_words().astype(np.uint64),
+        TypeError,
+        "pack_signs: out is dtype('uint64'), expected uint32 (NumPy) or int32 (torch) words",
+    )
+    check(
+        lambda out: signvote.pack_signs(NX, out=out),
+        numpy_words().astype(">u4"),
+        TypeError,
+        "pack_signs: out is dtype('>u4'), expected uint32",
+    )
+    check(
+        lambda out: signvote.pack_signs(NX, out=out),
+        misaligned(numpy_words()),
+        ValueError,
+        "pack_signs: out is not aligned, expected an address that is a multiple of 4",
+    )
+    check(
+        lambda out: signvote.pack_signs(NX, out=torch.from_numpy(out.view(np.int32))),  # type: ignore[type-var]
+        numpy_words(),
+        TypeError,
+        "pack_signs: out is a Tensor, expected a NumPy array like the other arguments",
+    )
+
+
+@pytest.mark.parametrize("begin", [1, 4, 50, 101, 103])
+def test_overlap_of_words(begin: int) -> None:
+    memory = torch.full((108,), SENTINEL, dtype=torch.int32)
+    x, stack, out = memory[4:104].view(torch.float32), memory[4:104].view(25, 4), memory[begin : begin + 4]
+    rest = "expected memory of its own"
+    check(lambda out: signvote.pack_signs(x, out=out), out, ValueError, f"pack_signs: out overlaps x, {rest}")
+    check(
+        lambda out: signvote.majority_vote(stack, out=out),
+        out,
+        ValueError,
+        f"majority_vote: out overlaps stack, {rest}",
+    )
+    # Side by side is not overlapping.
+    for free in (memory[:4], memory[104:]):
+        signvote.pack_signs(x, out=free)
+        signvote.majority_vote(stack, out=free)
+
+
+def pack_with_momentum(x: torch.Tensor, momentum: torch.Tensor, out: torch.Tensor) -> None:
+    ops.pack_momentum(x, momentum, coefficients=HALF, out=out)
+
+
+def test_overlap_with_coordinates() -> None:
+    memory = torch.full((104,), SENTINEL, dtype=torch.int32)
+    check(
+        lambda out: signvote.unpack_signs(memory[:4], 100, out=out),
+        memory[3:103].view(torch.float32),
+        ValueError,
+        "unpack_signs: out overlaps words, expected memory of its own",
+    )
+    both = torch.ones(200)
+    for x in (both[:100], both[50:150]):
+        check(
+            partial(pack_with_momentum, x, both[:100]),
+            words(),
+            ValueError,
+            "pack_momentum: momentum overlaps x, expected memory of its own",
+        )
+    check(
+        lambda out: ops.pack_momentum(both[100:], both[:100], coefficients=HALF, out=out),
+        both[96:100].view(torch.int32),
+        ValueError,
+        "pack_momentum: out overlaps momentum, expected memory of its own",
+    )
+
+
+@pytest.mark.parametrize(
+    ("momentum", "error", "message"),
+    described(
+        (torch.zeros(99), ValueError, "momentum has 99 coordinates, expected 100"),
+        (torch.zeros(100).double(), TypeError, "momentum is float64, expected float32 for a float32 x"),
+        (torch.zeros(100).bfloat16(), TypeError, "momentum is bfloat16, expected float32 for a float32 x"),
+        (torch.zeros(200)[::2], ValueError, "momentum is not contiguous"),
+        (torch.zeros(100, requires_grad=True), ValueError, "momentum requires gradients, expected a tensor outside"),
+        (
+            np.zeros(100, np.float32),
+            TypeError,
+            "momentum is a ndarray, expected a torch tensor like the other arguments",
+        ),
+        (torch.zeros(100, device="meta"), ValueError, "momentum is on device meta, expected cpu"),
+    ),
+)
+def test_momentum(momentum: Any, error: type[Exception], message: str) -> None:
+    check(
+        lambda out: ops.pack_momentum(X, momentum, coefficients=HALF, out=out),
+        words(),
+        error,
+        f"pack_momentum: {message}",
+    )
+    if momentum.device == torch.device("cpu") if isinstance(momentum, torch.Tensor) else True:
+        assert not momentum.any()
+
+
+def test_read_only_momentum() -> None:
+    check(
+        lambda out: ops.pack_momentum(NX, read_only(np.zeros(100, np.float32)), coefficients=HALF, out=out),
+        numpy_words(),
+        ValueError,
+        "pack_momentum: momentum is read-only, expected a writable array",
+    )
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    [(), (1, 2, 3), (1, 2, 3, 4, 5), (1, 2, 3, "x"), (1, 2, 3, float("nan")), (1, 2, 3, 1e39), None, 3.0],
+)
+def test_coefficients(coefficients: Any) -> None:
+    momentum = torch.zeros(100)
+    check(
+        lambda out: ops.pack_momentum(X, momentum, coefficients=coefficients, out=out),
+        words(),
+        ValueError,
+        "pack_momentum: coefficients is ",
+    )
+    assert not momentum.any()
+
+
+@pytest.mark.parametrize(
+    ("stack", "error", "message"),
+    described(
+        ([], ValueError, "stack has 0 rows, expected 1 to 65535"),
+        (torch.empty(0, 4, dtype=torch.int32), ValueError, "stack has 0 rows, expected 1 to 65535"),
+        (
+            torch.zeros(1, 4, dtype=torch.int32).expand(65536, 4),
+            ValueError,
+            "stack has 65536 rows, expected 1 to 65535",
+        ),
+        ([W] * 65536, ValueError, "stack has 65536 rows, expected 1 to 65535"),
+        (W, ValueError, "stack has 1 dimensions, expected 2"),
+        (W.reshape(1, 2, 2), ValueError, "stack has 3 dimensions, expected 2"),
+        (torch.tensor(3, dtype=torch.int32), ValueError, "stack has 0 dimensions, expected 2"),
+        ([W, W[:3]], ValueError, "stack[1] has 3 words, expected 4"),
+        ([W, W.reshape(2, 2)], ValueError, "stack[1] has 2 dimensions, expected 1"),
+        ([W, torch.zeros(8, dtype=torch.int32)[::2]], ValueError, "stack[1] is not contiguous"),
+        ([W, NW], TypeError, "stack[1] is a ndarray, expected a torch tensor like the other arguments"),
+        ([W, None], TypeError, "stack[1] is a NoneType, expected a torch tensor like the other arguments"),
+        ([W, W.long()], TypeError, "stack[1] is torch.int64, expected int32 words"),
+        ([NW, NW.astype(np.uint64)], TypeError, "stack[1] is dtype('uint64'), expected uint32"),
+        (torch.stack([W, W]).T, ValueError, "stack is not contiguous, expected rows of contiguous words"),
+        (torch.stack([W, W]).long(), TypeError, "stack is torch.int64, expected int32 words"),
+        (torch.stack([W, W]).float(), TypeError, "stack is torch.float32, expected int32 words"),
+        (torch.stack([W, W]).to("meta"), ValueError, "stack is on device meta, expected cpu"),
+        (torch.stack([W, W]).to_sparse(), ValueError, "stack has layout torch.sparse_coo, expected a dense tensor"),
+        (NW[None].astype(np.float32), TypeError, "stack is dtype('float32'), expected uint32"),
+        (misaligned(NW)[None], ValueError, "stack is not aligned, expected addresses that are multiples of 4"),
+        (3, TypeError, "stack is a int, expected a NumPy array or a torch tensor"),
+    ),
+)
+def test_stack(stack: Any, error: type[Exception], message: str) -> None:
+    first = stack[0] if isinstance(stack, list) and stack else stack
+    out = numpy_words() if isinstance(first, np.ndarray) else words()
+    check(lambda out: signvote.majority_vote(stack, out=out), out, error, f"majority_vote: {message}")
+
+
+@pytest.mark.parametrize(
+    ("numel", "error", "message"),
+    described(
+        (-1, ValueError, "numel is -1, expected an integer from 0 to 2**63 - 1"),
+        (2**63, ValueError, "numel is 9223372036854775808, expected an integer from 0 to 2**63 - 1"),
+        (1.0, TypeError, "numel is 1.0, expected an integer"),
+        ("100", TypeError, "numel is '100', expected an integer"),
+    ),
+)
+def test_numel(numel: Any, error: type[Exception], message: str) -> None:
+    check(
+        lambda out: signvote.majority_vote(W[None], numel=numel, out=out), words(), error, f"majority_vote: {message}"
+    )
+    check(lambda out: signvote.unpack_signs(W, numel, out=out), torch.ones(100), error, f"unpack_signs: {message}")
+    with pytest.raises(error, match="^num_words: " + re.escape(message)):
+        signvote.num_words(numel)
+
+
+@pytest.mark.parametrize("numel", [0, 96, 129, 2**62])
+def test_numel_that_the_words_do_not_hold(numel: int) -> None:
+    expected = (numel + 31) // 32
+    check(
+        lambda out: signvote.majority_vote(W[None], numel=numel, out=out),
+        words(),
+        ValueError,
+        f"majority_vote: stack has 4 words in a row, expected {expected} for numel {numel}",
+    )
+    with pytest.raises(ValueError, match=f"^unpack_signs: words has 4 words, expected {expected} for numel {numel}"):
+        signvote.unpack_signs(W, numel)
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "message"),
+    [
+        (-1, ValueError, "seed is -1, expected an integer from 0 to 2**64 - 1"),
+        (2**64, ValueError, "seed is 18446744073709551616, expected an integer from 0 to 2**64 - 1"),
+        (0.0, TypeError, "seed is 0.0, expected an integer"),
+        (None, TypeError, "seed is None, expected an integer"),
+    ],
+)
+def test_seed(seed: Any, error: type[Exception], message: str) -> None:
+    check(lambda out: signvote.pack_signs(X, seed=seed, out=out), words(), error, f"pack_signs: {message}")
+    check(lambda out: signvote.majority_vote([W], seed=seed, out=out), words(), error, f"majority_vote: {message}")
+    check(
+        lambda out: ops.pack_momentum(X, X.clone(), coefficients=HALF, seed=seed, out=out),
+        words(),
+        error,
+        f"pack_momentum: {message}",
+    )
+
+
+@pytest.mark.parametrize("choice", ["zero", "", "Coin", 1, None])
+def test_zeros_and_ties(choice: Any) -> None:
+    rest = f" is {choice!r}, expected 'coin', 'positive' or 'negative'"
+    check(lambda out: signvote.pack_signs(X, zeros=choice, out=out), words(), ValueError, f"pack_signs: zeros{rest}")
+    check(
+        lambda out: signvote.majority_vote([W], ties=choice, out=out), words(), ValueError, f"majority_vote: ties{rest}"
+    )
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX2", 1])
+def test_implementation(name: Any) -> None:
+    rest = f"implementation is {name!r}, expected one of '"
+    check(lambda out: signvote.pack_signs(X, implementation=name, out=out), words(), ValueError, f"pack_signs: {rest}")
+    check(
+        lambda out: signvote.majority_vote([W], implementation=name, out=out),
+        words(),
+        ValueError,
+        f"majority_vote: {rest}",
+    )
+    check(
+        lambda out: signvote.unpack_signs(W, 100, implementation=name, out=out),
+        torch.ones(100),
+        ValueError,
+        f"unpack_signs: {rest}",
+    )
+    with pytest.raises(ValueError, match="^has_nonfinite: " + re.escape(rest)):
+        signvote.has_nonfinite(X, implementation=name)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    described(
+        (torch.ones(99), ValueError, "out has 99 coordinates, expected 100"),
+        (torch.ones(200)[::2], ValueError, "out is not contiguous"),
+        (torch.ones(100).int(), TypeError, "out is torch.int32, expected float32, float64, float16 or bfloat16"),
+        (torch.ones(100).double(), TypeError, "out is torch.float64, expected torch.float32"),
+        (torch.ones(100, requires_grad=True), ValueError, "out requires gradients, expected a tensor outside autograd"),
+        (np.ones(100, np.float32), TypeError, "out is a ndarray, expected a torch tensor like the other arguments"),
+        (torch.ones(100, device="meta"), ValueError, "out is on device meta, expected cpu"),
+        (NEGATIVE, ValueError, "out has its negative bit set"),
+    ),
+)
+def test_coordinates_out(out: Any, error: type[Exception], message: str) -> None:
+    dtype = torch.float32 if "float64" in message.split(",")[0] else None
+    with pytest.raises(error, match="^unpack_signs: " + re.escape(message)):
+        signvote.unpack_signs(W, 100, dtype=dtype, out=out)
+    if isinstance(out, np.ndarray) or out.device.type == "cpu":
+        assert (abs(out) == 1).all()
+
+
+def test_read_only_coordinates_out() -> None:
+    check(
+        lambda out: signvote.unpack_signs(NW, 100, out=read_only(out)),
+        np.ones(100, np.float32),
+        ValueError,
+        "unpack_signs: out is read-only, expected a writable array",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, "float8", "int32", np.float32, torch.complex64, 3])
+def test_dtype_of_torch(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"^unpack_signs: dtype is .*, expected torch's float32"):
+        signvote.unpack_signs(W, 100, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, "float8", ">f4", torch.float32, 3])
+def test_dtype_of_numpy(dtype: Any) -> None:
+    with pytest.raises(TypeError, match=r"^unpack_signs: dtype is .*, expected NumPy's float32"):
+        signvote.unpack_signs(NW, 100, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        (float("nan"), "float32"),
+        (float("inf"), "float64"),
+        (1e39, "float32"),
+        (65520.0, "float16"),
+        (3.4e38, "bfloat16"),
+        (1e39, "bfloat16"),
+    ],
+)
+def test_scale_that_the_dtype_does_not_hold(scale: float, dtype: str) -> None:
+    with pytest.raises(ValueError, match=rf"^unpack_signs: scale is .*, expected a number that is finite in {dtype}"):
+        signvote.unpack_signs(W, 100, dtype=dtype, scale=scale)
+
+
+@pytest.mark.parametrize("scale", ["large", None])
+def test_scale_that_is_no_number(scale: Any) -> None:
+    check(
+        lambda out: signvote.unpack_signs(W, 100, scale=scale, out=out),
+        torch.ones(100),
+        TypeError,
+        f"unpack_signs: scale is {scale!r}, expected a number",
+    )
+
+
+def row(place: int = 0, first: int = 0, numel: int = 100, coordinate: int = 0, word: int = 0) -> Any:
+    return np.array([[place, first, numel, coordinate, word]])
+
+
+@pytest.mark.parametrize(
+    ("table", "error", "message"),
+    described(
+        (row(place=-1), ValueError, "runs has place -1 in row 0, expected 0 or more"),
+        (row(first=-64), ValueError, "runs has first -64 in row 0, expected a multiple of 64"),
+        (row(first=32), ValueError, "runs has first 32 in row 0, expected a multiple of 64"),
+        (row(numel=-1), ValueError, "runs has numel -1 in row 0, expected 0 or more"),
+        (row(word=-1), ValueError, "runs has word -1 and numel 100 in row 0, expected a range within 4 words"),
+        (row(word=1), ValueError, "runs has word 1 and numel 100 in row 0, expected a range within 4 words"),
+        (row(word=2**62), ValueError, "runs has word 4611686018427387904 and numel 100 in row 0, expected a range"),
+        (row(word=5, numel=0), ValueError, "runs has word 5 and numel 0 in row 0, expected a range within 4 words"),
+        (np.zeros((1, 4), np.int64), ValueError, "runs has shape (1, 4), expected (n, 5)"),
+        (np.zeros(5, np.int64), ValueError, "runs has shape (5,), expected (n, 5)"),
+        (np.zeros((1, 5), np.int32), TypeError, "runs is dtype('int32'), expected int64"),
+        (np.zeros((1, 5)), TypeError, "runs is dtype('float64'), expected int64"),
+        (np.zeros((4, 5), np.int64)[::2], ValueError, "runs is not contiguous"),
+        (np.zeros((5, 2), np.int64).T, ValueError, "runs is not contiguous"),
+    ),
+)
+def test_runs(table: Any, error: type[Exception], message: str) -> None:
+    def pack(out: torch.Tensor) -> object:
+        return runs.pack_runs(X, None, HALF, table, out, zeros="coin", seed=0)
+
+    def vote(out: torch.Tensor) -> object:
+        return runs.vote_runs(torch.stack([W, W]), table, out, ties="coin", seed=0)
+
+    def unpack(bucket: torch.Tensor) -> None:
+        runs.unpack_runs(W, table, bucket)
+
+    for op, call, out in (
+        ("pack_runs", pack, words()),
+        ("vote_runs", vote, words()),
+        ("unpack_runs", unpack, torch.ones(100)),
+    ):
+        check(call, out, error, f"{op}: {message}")
+
+
+@pytest.mark.parametrize(("coordinate", "numel"), [(-1, 10), (91, 10), (101, 0), (2**63 - 1, 10), (0, 101), (1, 100)])
+def test_coordinates_of_runs(coordinate: int, numel: int) -> None:
+    table = row(coordinate=coordinate, numel=numel)
+    message = f"runs has coordinate {coordinate} and numel {numel} in row 0, expected a range within 100 coordinates"
+    check(
+        lambda out: runs.pack_runs(X, None, HALF, table, out, zeros="coin", seed=0),
+        words(),
+        ValueError,
+        f"pack_runs: {message}",
+    )
+    check(lambda out: runs.unpack_runs(W, table, out), torch.ones(100), ValueError, f"unpack_runs: {message}")
+
+
+def test_sizes_and_overlap_of_runs() -> None:
+    table = row()
+    stack = torch.stack([W, W])
+    momentum = torch.ones(99)
+    check(
+        lambda out: runs.pack_runs(X, momentum, HALF, table, out, zeros="coin", seed=0),
+        words(),
+        ValueError,
+        "pack_runs: momentum has 99 coordinates, expected 100",
+    )
+    check(
+        lambda out: runs.pack_runs(X, torch.ones(100).double(), HALF, table, out, zeros="coin", seed=0),
+        words(),
+        TypeError,
+        "pack_runs: momentum is dtype('float64'), expected float32",
+    )
+    check(
+        lambda out: runs.vote_runs(stack, table, out, ties="coin", seed=0),
+        words(5),
+        ValueError,
+        "vote_runs: out has 5 words, expected 4",
+    )
+    check(
+        lambda out: runs.vote_runs(stack, table, out, ties="coin", seed=0),
+        stack[1],
+        ValueError,
+        "vote_runs: out overlaps rows, expected memory of its own",
+    )
+    check(
+        lambda out: runs.unpack_runs(W, table, out, scale=float("nan")),
+        torch.ones(100),
+        ValueError,
+        "unpack_runs: scale is nan, expected a number that is finite in float32",
+    )
+    memory = torch.ones(104)
+    check(
+        lambda out: runs.unpack_runs(memory[:4].view(torch.int32), table, out),
+        memory[2:102],
+        ValueError,
+        "unpack_runs: bucket overlaps words, expected memory of its own",
+    )
+    check(
+        lambda out: runs.pack_runs(memory[:100], None, HALF, table, out, zeros="coin", seed=0),
+        memory[98:102].view(torch.int32),
+        ValueError,
+        "pack_runs: out overlaps bucket, expected memory of its own",
+    )
+    check(
+        lambda out: runs.vote_runs(stack, out.numpy().view(np.int64).reshape(2, 5), out[:4], ties="coin", seed=0),
+        torch.zeros(20, dtype=torch.int32),
+        ValueError,
+        "vote_runs: runs overlaps out, expected memory of its own",
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("float8", "dtype is 'float8', expected 'float32'"),
+        ("float64", "x is dtype('float32'), expected float64"),
+        ("bfloat16", "x is dtype('float32'), expected uint16 or int16, the bits of bfloat16"),
+    ],
+)
+def test_native_module_converts_nothing(dtype: str, message: str) -> None:
+    out = numpy_words()
+    with pytest.raises(TypeError, match="^pack_signs: " + re.escape(message)):
+        _core.pack_signs(NX, dtype, "coin", 0, out, "portable")
+    with pytest.raises(TypeError):
+        _core.pack_signs([1.0], "float64", "coin", 0, out, "portable")  # type: ignore[arg-type]
+    assert (out == SENTINEL).all()
