@@ -1,0 +1,125 @@
+"""The ranks of one state: a gloo group of its own, the thread that speaks on it, and what has gone over it.
+
+torch's collectives match by order alone. If two ranks issue theirs in different orders, or share a group with someone
+else's, they hang or swap data. So a state has its own group, and one thread issues every collective on it, first in
+first out, in DDP's bucket order.
+"""
+
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# torch renames all_gather_into_tensor to all_gather_single and warns about the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed; the message starts with its name."""
+
+
+class Channel:
+    """Collectives on CPU words over the ranks of ``process_group`` (default: all ranks).
+
+    The group and the thread go when the process group goes (``destroy_process_group``): the channel holds no reference
+    that keeps either alive.
+
+    Attributes:
+        rank, size: This rank in the group, and how many there are.
+        bytes_sent, bytes_received: Payload handed to the collectives for, and taken from, other ranks.
+        seconds: Time spent in the collectives.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None, timeout: timedelta | None) -> None:
+        parent = process_group if process_group is not None else dist.group.WORLD
+        assert parent is not None  # the caller has checked that torch.distributed is initialised
+        group = dist.new_group(
+            dist.get_process_group_ranks(parent),
+            timeout=timeout if timeout is not None else _timeout_of(parent),
+            backend="gloo",
+            use_local_synchronization=True,
+        )
+        self._group = weakref.ref(group)
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._first = dist.get_global_rank(group, 0)
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.seconds = 0.0
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="signvote")
+        weakref.finalize(group, self._worker.shutdown, wait=False)
+
+    @property
+    def alive(self) -> bool:
+        return self._group() is not None
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Run ``task`` on the worker thread, after all that was submitted before. The task must not raise."""
+        self._worker.submit(task)
+
+    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        """Row k of ``sent`` goes to rank k; row m of ``received`` comes from rank m."""
+        others = sent.nbytes // self.size * (self.size - 1)
+        self._run("all_to_all", dist.all_to_all_single, received, sent, to_others=others, from_others=others)
+
+    def all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
+        """Row m of ``received`` is what rank m sent."""
+        others = sent.nbytes * (self.size - 1)
+        self._run("all_gather", _all_gather, received.view(-1), sent.view(-1), to_others=others, from_others=others)
+
+    def gather(self, received: torch.Tensor | None, sent: torch.Tensor) -> None:
+        """Row m of ``received``, on rank 0, is what rank m sent."""
+        group_rows = list(received) if received is not None else None
+        self._run(
+            "gather",
+            dist.gather,
+            sent.view(-1),
+            group_rows,
+            to_others=0 if self.rank == 0 else sent.nbytes,
+            from_others=sent.nbytes * (self.size - 1) if self.rank == 0 else 0,
+            dst=self._first,
+        )
+
+    def broadcast(self, words: torch.Tensor) -> None:
+        """``words`` of rank 0 to all."""
+        self._run(
+            "broadcast",
+            dist.broadcast,
+            words,
+            to_others=words.nbytes * (self.size - 1) if self.rank == 0 else 0,
+            from_others=0 if self.rank == 0 else words.nbytes,
+            src=self._first,
+        )
+
+    def _run(
+        self,
+        name: str,
+        collective: Callable[..., object],
+        *tensors: object,
+        to_others: int,
+        from_others: int,
+        **options: int,
+    ) -> None:
+        group = self._group()
+        if group is None:
+            raise CollectiveError(f"{name}: the process group was destroyed")
+        start = time.perf_counter()
+        try:
+            collective(*tensors, group=group, **options)
+        except Exception as error:
+            raise CollectiveError(f"{name}: {error}") from error
+        self.seconds += time.perf_counter() - start
+        self.bytes_sent += to_others
+        self.bytes_received += from_others
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """The timeout the user gave ``group``, where torch tells; None means torch's default."""
+    with suppress(Exception):
+        return group._get_backend(torch.device("cpu")).options._timeout
+    return None

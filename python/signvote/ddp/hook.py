@@ -1,0 +1,217 @@
+"""The communication hook: pack on the thread that computes, exchange and vote on the worker thread, unpack in place."""
+
+# No `from __future__ import annotations` here: DDP compares the hook's annotations with the classes themselves.
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from signvote import _core
+from signvote.ddp import trailer
+from signvote.ddp.channel import Channel
+from signvote.ddp.state import BucketPlan, MajorityVoteState
+from signvote.ddp.trailer import Trailer, vote_tag
+from signvote.runs import pack_runs, unpack_runs, vote_runs
+
+# What a coin is drawn for.
+_ZEROS, _TIES = range(2)
+
+
+@dataclass(frozen=True)
+class _Vote:
+    """One bucket of one step on its way."""
+
+    state: MajorityVoteState
+    channel: Channel
+    plan: BucketPlan
+    step: int
+    index: int
+    buffer: torch.Tensor
+
+    @property
+    def name(self) -> str:
+        return f"signvote: rank {self.channel.rank}, step {self.step}, bucket {self.index}"
+
+
+def majority_vote_hook(
+    state: MajorityVoteState,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """DDP communication hook: every gradient coordinate becomes ±scale, the sign for which most ranks voted.
+
+    The exchange of a bucket runs beside the rest of the backward pass. Under the hook, pair the model with
+    :class:`signvote.optim.SignSGD`.
+
+    Args:
+        state: A :class:`MajorityVoteState`, one per DDP model.
+        bucket: Given by DDP. Its gradients are float32, float64, float16 or bfloat16 on the CPU.
+
+    Returns:
+        A future of the bucket's buffer, overwritten with the vote.
+
+    Raises:
+        RuntimeError: From ``backward()``, naming rank, step, bucket and phase, if another rank has died, does not
+            answer within the timeout, or has other options.
+        TypeError, ValueError: For sparse gradients, gradients on another device or of another dtype.
+
+    Example::
+
+        ddp = DistributedDataParallel(model)
+        ddp.register_comm_hook(MajorityVoteState(momentum=0.9), majority_vote_hook)
+    """
+    _check_bucket(bucket)
+    channel = state.channel()
+    plan = state.plan(channel, bucket)
+    step = state.begin(bucket.index())
+    vote = _Vote(state, channel, plan, step, bucket.index(), bucket.buffer())
+    _pack(vote)
+
+    future: torch.futures.Future[Any] = torch.futures.Future()
+    channel.submit(lambda: _exchange(vote, future))
+    # Raised in a callback an error reaches the caller of backward() whole; Future.set_exception would lose its text.
+    return future.then(lambda done: _unpack(vote, done.value()))
+
+
+def attach(ddp: DistributedDataParallel, **options: Any) -> MajorityVoteState:
+    """Register :func:`majority_vote_hook` on ``ddp`` and return its state, which knows the parameters' names.
+
+    Args:
+        ddp: A DDP model with no hook registered yet.
+        **options: As :class:`MajorityVoteState`; ``process_group`` is that of ``ddp``.
+
+    Example::
+
+        ddp = DistributedDataParallel(model)
+        state = attach(ddp, momentum=0.9)
+        optimizer = SignSGD(ddp.parameters(), lr=1e-4)
+    """
+    if not isinstance(ddp, DistributedDataParallel):
+        raise TypeError(f"attach: ddp: expected a DistributedDataParallel, got {type(ddp).__name__}")
+    state = MajorityVoteState(ddp.process_group, **options)
+    state.name_parameters(ddp.module.named_parameters())
+    ddp.register_comm_hook(state, majority_vote_hook)
+    return state
+
+
+def _check_bucket(bucket: object) -> None:
+    if not isinstance(bucket, dist.GradBucket):  # type: ignore[attr-defined]
+        raise TypeError(
+            f"majority_vote_hook: bucket: expected a GradBucket, got {type(bucket).__name__}: torch.compile with "
+            'optimize_ddp="python_reducer" calls hooks in its own way; use torch._dynamo.config.optimize_ddp = '
+            '"ddp_optimizer"'
+        )
+    buffer = bucket.buffer()
+    if buffer.layout != torch.strided:
+        raise TypeError(
+            f"majority_vote_hook: bucket {bucket.index()}: expected dense gradients, got {buffer.layout}: "
+            "set sparse=False on the embedding"
+        )
+    for parameter in bucket.parameters():
+        if parameter.is_complex():
+            raise TypeError(
+                f"majority_vote_hook: bucket {bucket.index()}: expected real parameters, got {parameter.dtype}"
+            )
+    if buffer.device.type != "cpu":
+        raise ValueError(
+            f"majority_vote_hook: bucket {bucket.index()}: expected gradients on the CPU, got {buffer.device}: "
+            "this build has no CUDA part"
+        )
+
+
+def _pack(vote: _Vote) -> None:
+    state, plan, counters = vote.state, vote.plan, vote.state.counters
+    start = time.perf_counter()
+    zeros, nonfinite = pack_runs(
+        vote.buffer,
+        plan.momentum,
+        state.options.coefficients,
+        plan.layout.runs,
+        plan.exchange.sent.view(-1),
+        zeros=state.options.zeros,
+        seed=_derive(state.options.seed, _ZEROS, vote.step, vote.channel.rank),
+        implementation=state.implementation,
+    )
+    Trailer(
+        nonfinite=nonfinite,
+        first_rank=vote.channel.rank + 1 if nonfinite else 0,
+        ties=0,
+        tag=vote_tag(vote.step, vote.index, plan.layout.numel),
+    ).write(plan.exchange.sent.numpy())
+    counters.pack_seconds += time.perf_counter() - start
+    counters.coordinates += plan.layout.numel
+    counters.zeros += zeros
+
+
+def _exchange(vote: _Vote, future: "torch.futures.Future[Any]") -> None:
+    """On the worker thread: fulfil ``future`` with None, or with the error that :func:`_unpack` is to raise."""
+    state = vote.state
+    error = state.failure
+    if error is None:
+        try:
+            vote.plan.exchange.run(vote.channel, lambda received, voted: _decide(vote, received, voted))
+        except Exception as failure:
+            error = RuntimeError(f"{vote.name}: {failure}")
+            error.__cause__ = failure
+            state.fail(error)
+    future.set_result(error)
+
+
+def _decide(vote: _Vote, received: torch.Tensor, voted: torch.Tensor) -> None:
+    """The vote of this rank's shard, and what its trailers say together."""
+    state, plan = vote.state, vote.plan
+    start = time.perf_counter()
+    ties = vote_runs(
+        received,
+        plan.voter_runs,
+        voted.view(-1),
+        ties=state.options.ties,
+        seed=_derive(state.options.seed, _TIES, vote.step),
+        implementation=state.implementation,
+    )
+    trailer.combine(received.numpy(), ties).write(voted.numpy())
+    state.counters.vote_seconds += time.perf_counter() - start
+
+
+def _unpack(vote: _Vote, error: Exception | None) -> torch.Tensor:
+    state, plan, counters = vote.state, vote.plan, vote.state.counters
+    if error is not None:
+        raise error
+    start = time.perf_counter()
+    result = trailer.read(plan.exchange.result.numpy())
+    if result.tag != vote_tag(vote.step, vote.index, plan.layout.numel):
+        failure = RuntimeError(
+            f"{vote.name}: vote: ranks are out of step: not all of them sent this bucket of this step"
+        )
+        state.fail(failure)
+        raise failure
+    counters.voted += plan.layout.numel
+    counters.ties += result.ties
+    counters.nonfinite += result.nonfinite
+    if result.nonfinite and state.options.nonfinite == "raise":
+        raise RuntimeError(
+            f"signvote: step {vote.step}, bucket {vote.index}: {result.nonfinite} gradient coordinates are NaN or inf, "
+            f"the lowest rank that has any is {result.first_rank - 1}"
+        )
+    if result.nonfinite and state.options.nonfinite == "propagate":
+        vote.buffer.fill_(torch.nan)
+    else:
+        unpack_runs(
+            plan.exchange.result.view(-1),
+            plan.layout.runs,
+            vote.buffer,
+            scale=state.options.scale,
+            implementation=state.implementation,
+        )
+    counters.unpack_seconds += time.perf_counter() - start
+    return vote.buffer
+
+
+def _derive(seed: int, *parts: int) -> int:
+    """A seed for one purpose: equal parts give equal coins, other parts independent ones."""
+    for part in parts:
+        seed = _core.mix((_core.mix(seed) + part) % 2**64)
+    return seed

@@ -1,0 +1,424 @@
+"""The state of the hook: options, each parameter's momentum, the step, and how they are saved."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from signvote.ddp.agreement import WIRE_VERSION, check_agreement
+from signvote.ddp.channel import Channel
+from signvote.ddp.layout import BucketLayout
+from signvote.ddp.options import VoteOptions
+from signvote.ddp.stats import VoteStats
+from signvote.ddp.topology import Exchange, new_exchange, num_shards
+from signvote.ddp.trailer import TRAILER_WORDS
+
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass
+class BucketPlan:
+    """What the votes of one bucket have in common, until DDP changes the bucket."""
+
+    parameters: list[torch.Tensor]
+    dtype: torch.dtype
+    layout: BucketLayout
+    exchange: Exchange
+    voter_runs: npt.NDArray[np.int64]  # of the shard on which this rank votes
+    momentum: torch.Tensor | None  # flat, in the order of the bucket's buffer
+
+    def fits(self, parameters: list[torch.Tensor], dtype: torch.dtype) -> bool:
+        return (
+            self.dtype == dtype
+            and len(self.parameters) == len(parameters)
+            and all(ours is theirs for ours, theirs in zip(self.parameters, parameters, strict=True))
+        )
+
+
+@dataclass
+class Counters:
+    """What :class:`VoteStats` is made from. Packing writes the first group, the worker thread the second."""
+
+    calls: int = 0
+    steps: int = 0
+    coordinates: int = 0
+    zeros: int = 0
+    pack_seconds: float = 0.0
+
+    voted: int = 0
+    ties: int = 0
+    nonfinite: int = 0
+    vote_seconds: float = 0.0
+    unpack_seconds: float = 0.0
+    # of channels that are gone
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    exchange_seconds: float = 0.0
+
+
+class MajorityVoteState:
+    """State of :func:`majority_vote_hook`: Signum with majority vote (Bernstein et al. 2018, Algorithms 2 and 3).
+
+    Build it before or after the process group, one per DDP model; it binds to the group in the first backward pass,
+    where all ranks check that their options agree. It can be pickled, except for ``process_group``.
+
+    Args:
+        process_group: The ranks that vote. Default: all. A gloo group of its own is made over the same ranks, so the
+            backend of this one does not matter.
+        momentum: β of Signum, m ← β·m + (1 - β)·g, and sign(m) is sent. 0.0 is signSGD. A pair ``(β1, β2)`` is the
+            Lion rule: sign(β1·m + (1 - β1)·g) is sent, m ← β2·m + (1 - β2)·g is kept. Every rank has its own momentum,
+            float32 (float64 for float64 parameters).
+        zeros: The bit of a coordinate that is exactly zero: ``"coin"`` (a reproducible coin, different on each rank,
+            so that nothing drifts), ``"positive"`` or ``"negative"``.
+        ties: The result where as many ranks say + as -: ``"coin"`` (the same on all ranks), ``"positive"`` or
+            ``"negative"``.
+        scale: The gradient that comes out is ±scale.
+        topology: ``"sharded"`` (every rank is the server of one shard), ``"allgather"`` (every rank votes on
+            everything) or ``"server"`` (rank 0 is the server). All give the same bits.
+        nonfinite: What a NaN or inf on any rank does: ``"propagate"`` fills the bucket with NaN on all ranks, which
+            is what ``GradScaler`` looks for; ``"raise"`` raises on all ranks; ``"ignore"`` votes on.
+        seed: Seed of the coins.
+        timeout: How long a rank waits for another before it raises. Default: the timeout of ``process_group``.
+        implementation: Kernels to use, see :func:`signvote.implementations`. Default: the best.
+
+    Raises:
+        ValueError: If an option has a value that is not listed here.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        *,
+        momentum: float | tuple[float, float] = 0.9,
+        zeros: str = "coin",
+        ties: str = "coin",
+        scale: float = 1.0,
+        topology: str = "sharded",
+        nonfinite: str = "propagate",
+        seed: int = 0,
+        timeout: timedelta | None = None,
+        implementation: str | None = None,
+    ) -> None:
+        self.options = VoteOptions(
+            momentum=momentum,
+            zeros=zeros,
+            ties=ties,
+            scale=scale,
+            topology=topology,
+            nonfinite=nonfinite,
+            seed=seed,
+        )
+        self.timeout = timeout
+        self.implementation = implementation
+        self.process_group = process_group
+        self.step = 0
+        self._names: list[str] | None = None
+        self._momentum: dict[int, torch.Tensor] = {}  # by place in the model
+        self._counters = Counters()
+        self._unbind()
+
+    def _unbind(self) -> None:
+        """Forget what is tied to live objects: parameters, buckets, the process group."""
+        self._places: dict[torch.Tensor, int] = {}
+        self._plans: dict[int, BucketPlan] = {}
+        self._last_bucket = -1
+        self._channel: Channel | None = None
+        self._failure: Exception | None = None
+
+    # -- Parameters -----------------------------------------------------------------------------------------------
+
+    def name_parameters(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Tell the state its model's parameters, so that momentum can be saved by name. :func:`attach` does it.
+
+        Args:
+            named_parameters: ``model.named_parameters()``, the same on all ranks, before the first backward pass.
+
+        Raises:
+            RuntimeError: If the hook has been called already.
+            ValueError: If the state was unpickled and had other names.
+        """
+        if self._places:
+            raise RuntimeError("name_parameters: the parameters are known already: call it before the first backward")
+        named = list(named_parameters)
+        names = [name for name, _ in named]
+        if self._names is not None and self._names != names:
+            raise ValueError(f"name_parameters: names: expected those of the saved state, {self._names}, got {names}")
+        self._names = names
+        self._places = {parameter: place for place, (_, parameter) in enumerate(named)}
+
+    def _place(self, parameter: torch.Tensor) -> int:
+        """Index of ``parameter`` in the model; without names, in the order in which DDP first showed them."""
+        if self._names is None:
+            return self._places.setdefault(parameter, len(self._places))
+        if parameter not in self._places:
+            raise RuntimeError(
+                f"majority_vote_hook: a parameter of shape {tuple(parameter.shape)} is not among those that were "
+                "named; attach the state to the DDP model that it is used with"
+            )
+        return self._places[parameter]
+
+    # -- Binding --------------------------------------------------------------------------------------------------
+
+    def channel(self) -> Channel:
+        """The channel of the current process group; made in the first call, and anew if the group was destroyed.
+
+        Raises:
+            RuntimeError: If torch.distributed is not initialised, or if a vote has failed on this group.
+        """
+        if self._channel is None or not self._channel.alive:
+            if not dist.is_initialized():
+                raise RuntimeError("majority_vote_hook: torch.distributed is not initialised (init_process_group)")
+            self._retire_channel()
+            self._plans.clear()
+            self._failure = None
+            self._channel = Channel(self.process_group, self.timeout)
+        if self._failure is not None:
+            raise RuntimeError(str(self._failure)) from self._failure
+        return self._channel
+
+    def _retire_channel(self) -> None:
+        if self._channel is not None:
+            self._counters.bytes_sent += self._channel.bytes_sent
+            self._counters.bytes_received += self._channel.bytes_received
+            self._counters.exchange_seconds += self._channel.seconds
+            self._channel = None
+
+    def plan(self, channel: Channel, bucket: dist.GradBucket) -> BucketPlan:  # type: ignore[name-defined]
+        """The plan of ``bucket``: made when DDP first shows it, and anew when DDP has rebuilt its buckets."""
+        index, parameters, dtype = bucket.index(), bucket.parameters(), bucket.buffer().dtype
+        plan = self._plans.get(index)
+        if plan is not None and plan.fits(parameters, dtype):
+            return plan
+        if plan is not None:
+            self._plans.clear()  # the buckets were rebuilt: the others are out of date too
+        places = [self._place(parameter) for parameter in parameters]
+        layout = BucketLayout(
+            [parameter.numel() for parameter in parameters],
+            places,
+            num_shards(self.options.topology, channel.size),
+            TRAILER_WORDS,
+        )
+        exchange = new_exchange(self.options.topology, layout, channel.rank, channel.size)
+        plan = BucketPlan(
+            parameters=parameters,
+            dtype=dtype,
+            layout=layout,
+            exchange=exchange,
+            voter_runs=layout.shard_runs(exchange.shard) if exchange.shard is not None else layout.runs[:0],
+            momentum=self._flat_momentum(parameters, places, dtype) if self.options.has_momentum else None,
+        )
+        self._plans[index] = plan
+        description = {
+            "wire version": WIRE_VERSION,
+            "world size": channel.size,
+            **self.options.as_dict(),
+            "step": self.step,
+            f"numel of bucket {index}": layout.numel,
+            f"parameters of bucket {index}": len(parameters),
+            f"dtype of bucket {index}": str(dtype),
+        }
+        channel.submit(lambda: self._agree(channel, description))
+        return plan
+
+    def _agree(self, channel: Channel, description: Mapping[str, Any]) -> None:
+        if self._failure is None:
+            try:
+                check_agreement(channel, "signvote", description)
+            except Exception as error:
+                self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Ranks may be out of step from here on: every later vote on this group raises the first error."""
+        if self._failure is None:
+            self._failure = error
+
+    @property
+    def failure(self) -> Exception | None:
+        return self._failure
+
+    def _flat_momentum(self, parameters: list[torch.Tensor], places: list[int], dtype: torch.dtype) -> torch.Tensor:
+        """Momentum of a bucket in the order of its buffer; what the state holds by place becomes views into it."""
+        flat = torch.zeros(
+            sum(parameter.numel() for parameter in parameters),
+            dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        )
+        offset = 0
+        for parameter, place in zip(parameters, places, strict=True):
+            view = _in_memory_order_of(parameter, flat[offset : offset + parameter.numel()])
+            if place in self._momentum:
+                view.copy_(self._momentum[place])
+            self._momentum[place] = view
+            offset += parameter.numel()
+        return flat
+
+    # -- Steps and counters ---------------------------------------------------------------------------------------
+
+    def begin(self, bucket_index: int) -> int:
+        """Count a call of the hook; the step it belongs to. DDP shows its buckets in order: an index that does not
+        grow is a new backward pass."""
+        if bucket_index <= self._last_bucket or self._last_bucket < 0:
+            self.step += 1
+            self._counters.steps += 1
+        self._last_bucket = bucket_index
+        self._counters.calls += 1
+        return self.step
+
+    @property
+    def counters(self) -> Counters:
+        return self._counters
+
+    def stats(self) -> VoteStats:
+        """What this rank has done so far, see :class:`VoteStats`. With ``calls`` at 0 the hook is not in use."""
+        counters, channel = self._counters, self._channel
+        return VoteStats(
+            calls=counters.calls,
+            steps=counters.steps,
+            coordinates=counters.coordinates,
+            bytes_sent=counters.bytes_sent + (channel.bytes_sent if channel else 0),
+            bytes_received=counters.bytes_received + (channel.bytes_received if channel else 0),
+            pack_seconds=counters.pack_seconds,
+            exchange_seconds=counters.exchange_seconds + (channel.seconds if channel else 0.0),
+            vote_seconds=counters.vote_seconds,
+            unpack_seconds=counters.unpack_seconds,
+            zero_rate=counters.zeros / max(1, counters.coordinates),
+            tie_rate=counters.ties / max(1, counters.voted),
+            nonfinite=counters.nonfinite,
+        )
+
+    # -- Saving ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's step, seed and momentum by parameter name: ``weights_only=True`` loads it.
+
+        Every rank has its own momentum: save one file per rank. Call it between steps.
+
+        Raises:
+            RuntimeError: If the parameters' names are not known (use :func:`attach`), or without a process group.
+        """
+        names = self._known_names("state_dict")
+        rank, world_size = self._rank_and_world_size("state_dict")
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "rank": rank,
+            "world_size": world_size,
+            "step": self.step,
+            "seed": self.options.seed,
+            "momentum": {names[place]: momentum.clone() for place, momentum in sorted(self._momentum.items())},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, reset_momentum: bool = False) -> None:
+        """Continue, bit for bit, where :meth:`state_dict` of the same rank left off.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned on this rank.
+            reset_momentum: Take over only the step and the seed and start with zero momentum: for a job whose number
+                of ranks or whose model has changed. Momentum is back after some 1/(1 - β) steps.
+
+        Raises:
+            ValueError: If it was saved by another rank or world size, for other parameters, or is not such a dict.
+                Nothing is changed then.
+            RuntimeError: As :meth:`state_dict`.
+        """
+        names = self._known_names("load_state_dict")
+        _check_is_checkpoint(state_dict)
+        momentum: dict[int, torch.Tensor] = {}
+        if not reset_momentum:
+            rank, world_size = self._rank_and_world_size("load_state_dict")
+            remedy = (
+                "reset_momentum=True takes over the step and starts with zero momentum, "
+                "which is back after some 1/(1 - beta) steps"
+            )
+            for what, ours in (("world_size", world_size), ("rank", rank)):
+                if state_dict[what] != ours:
+                    raise ValueError(
+                        f"load_state_dict: {what}: expected {ours}, as in this job, got {state_dict[what]}: momentum "
+                        f"belongs to the rank that gathered it, so each rank loads what it saved. {remedy}"
+                    )
+            momentum = self._checked_momentum(names, state_dict, remedy)
+        self.options = VoteOptions(**{**self.options.as_dict(), "seed": state_dict["seed"]})
+        self.step = state_dict["step"]
+        self._momentum = momentum
+        self._plans.clear()
+        self._last_bucket = -1
+
+    def _checked_momentum(
+        self, names: list[str], state_dict: Mapping[str, Any], remedy: str
+    ) -> dict[int, torch.Tensor]:
+        saved: Mapping[str, torch.Tensor] = state_dict["momentum"]
+        parameters = {names[place]: (place, parameter) for parameter, place in self._places.items()}
+        unknown = [name for name in saved if name not in parameters]
+        expected = [name for name, (_, parameter) in parameters.items() if parameter.requires_grad]
+        if not self.options.has_momentum or state_dict["step"] == 0:
+            expected = []
+        missing = [name for name in expected if name not in saved]
+        if not self.options.has_momentum and saved:
+            raise ValueError(
+                f"load_state_dict: momentum: expected none (momentum=0.0), got {len(saved)} tensors. {remedy}"
+            )
+        if unknown or missing:
+            raise ValueError(
+                "load_state_dict: momentum: expected the names of this model's parameters; "
+                f"unknown: {unknown or 'none'}, missing: {missing or 'none'}. {remedy}"
+            )
+        for name, tensor in saved.items():
+            if tensor.shape != parameters[name][1].shape:
+                raise ValueError(
+                    f"load_state_dict: momentum of {name}: expected shape {tuple(parameters[name][1].shape)}, "
+                    f"got {tuple(tensor.shape)}. {remedy}"
+                )
+        return {parameters[name][0]: tensor.detach().clone() for name, tensor in saved.items()}
+
+    def _known_names(self, caller: str) -> list[str]:
+        if self._names is None:
+            raise RuntimeError(
+                f"{caller}: the parameters' names are not known: use attach(ddp), or name_parameters() before training"
+            )
+        return self._names
+
+    def _rank_and_world_size(self, caller: str) -> tuple[int, int]:
+        if not dist.is_initialized():
+            raise RuntimeError(f"{caller}: torch.distributed is not initialised, so this rank is not known")
+        return dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what lives in this process: the group, the thread, the buckets, the identity of the parameters."""
+        return {
+            "options": self.options.as_dict(),
+            "timeout": self.timeout,
+            "implementation": self.implementation,
+            "step": self.step,
+            "names": self._names,
+            "momentum": {place: momentum.clone() for place, momentum in self._momentum.items()},
+        }
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.__init__(timeout=saved["timeout"], implementation=saved["implementation"], **saved["options"])  # type: ignore[misc]
+        self.step = saved["step"]
+        self._names = saved["names"]
+        self._momentum = saved["momentum"]
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.as_dict().items())
+        return f"MajorityVoteState({options})"
+
+
+def _in_memory_order_of(parameter: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """``flat`` in the shape of ``parameter``, coordinates in the order in which DDP lays its gradient into a bucket."""
+    dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+    if dense:
+        return flat.as_strided(parameter.size(), parameter.stride(), flat.storage_offset())
+    return flat.view(parameter.size())
+
+
+def _check_is_checkpoint(state_dict: Mapping[str, Any]) -> None:
+    keys = {"format", "rank", "world_size", "step", "seed", "momentum"}
+    if not isinstance(state_dict, Mapping) or not keys <= set(state_dict):
+        got = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(f"load_state_dict: state_dict: expected a dict with {sorted(keys)}, got {got}")
+    if state_dict["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(f"load_state_dict: format: expected {CHECKPOINT_FORMAT}, got {state_dict['format']}")

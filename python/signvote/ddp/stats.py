@@ -1,0 +1,39 @@
+"""What a state has done so far."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class VoteStats:
+    """Counters of one rank since its state was made; see :meth:`signvote.ddp.MajorityVoteState.stats`.
+
+    Attributes:
+        calls: Buckets handed to the hook. 0 after a backward pass means that the hook is not registered: some
+            frameworks drop hooks without a word.
+        steps: Backward passes in which the hook was called.
+        coordinates: Gradient coordinates packed.
+        bytes_sent, bytes_received: Payload handed to the collectives for other ranks, and taken from them.
+        pack_seconds, exchange_seconds, vote_seconds, unpack_seconds: Time in each phase. Exchange and vote run on the
+            worker thread beside the backward pass; exchange includes waiting for slower ranks.
+        zero_rate: Share of this rank's coordinates that were exactly zero when packed.
+        tie_rate: Share of coordinates on which the ranks tied; the same on every rank.
+        nonfinite: NaN or inf coordinates met, summed over all ranks; the same on every rank.
+    """
+
+    calls: int = 0
+    steps: int = 0
+    coordinates: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    pack_seconds: float = 0.0
+    exchange_seconds: float = 0.0
+    vote_seconds: float = 0.0
+    unpack_seconds: float = 0.0
+    zero_rate: float = 0.0
+    tie_rate: float = 0.0
+    nonfinite: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as a plain dict, for a logger or JSON."""
+        return asdict(self)
