@@ -1,0 +1,288 @@
+"""What breaks is seen, by every rank, with a message that says where; nothing hangs and nothing is hidden."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import signvote.ddp.agreement as agreement
+import signvote.ddp.hook as hook_module
+import signvote.ddp.state as state_module
+from ddp_jobs import Job, batches, build, mlp, step
+from ranks import RankDied, RankError, RankPool
+from signvote.ddp import MajorityVoteState, attach, majority_vote_hook
+from signvote.ddp.options import TOPOLOGIES
+from signvote.optim import SignSGD
+
+
+@contextmanager
+def patched(owner: object, name: str, value: object) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+# -- Non-finite gradients ---------------------------------------------------------------------------------------------
+
+
+def train_with_nonfinite(nonfinite: str, topology: str, value: float, bad_step: int) -> dict[str, Any]:
+    """Rank 1 meets `value` in one coordinate at `bad_step`; all train under a GradScaler."""
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(mlp(), bucket_cap_mb=1e-5)
+    state = attach(ddp, nonfinite=nonfinite, topology=topology)
+    optimizer = SignSGD(ddp.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=10_000)
+    seen, scales, moved = [], [], []
+    for i, x in enumerate(batches(6, rank)):
+        optimizer.zero_grad()
+        before = [p.detach().clone() for p in ddp.parameters()]
+        loss = ddp(x).square().mean()
+        if i == bad_step and rank == 1:
+            loss = loss + value * ddp.module[2].bias[3]
+        scaler.scale(loss).backward()
+        seen.append(any(not p.grad.isfinite().all() for p in ddp.parameters() if p.grad is not None))
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        moved.append(any(not torch.equal(b, p) for b, p in zip(before, ddp.parameters(), strict=True)))
+    momentum_is_finite = all(m.isfinite().all() for m in state.state_dict()["momentum"].values())
+    return {
+        "seen": seen,
+        "scales": scales,
+        "moved": moved,
+        "nonfinite": state.stats().nonfinite,
+        "momentum_is_finite": bool(momentum_is_finite),
+    }
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("bad_step", [0, 1, 4])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nonfinite_on_one_rank_is_seen_by_all(ranks: RankPool, topology: str, bad_step: int, value: float) -> None:
+    for outcome in ranks.run(train_with_nonfinite, "propagate", topology, value, bad_step, world=3):
+        bad = [i == bad_step for i in range(6)]
+        assert outcome["seen"] == bad
+        assert outcome["moved"] == [not b for b in bad]  # GradScaler skipped the step
+        assert outcome["scales"] == [1024.0 if i < bad_step else 512.0 for i in range(6)]  # and halved its scale
+        assert outcome["nonfinite"] == 1
+        assert outcome["momentum_is_finite"]  # the next steps are not poisoned
+
+
+def test_nonfinite_ignored(ranks: RankPool) -> None:
+    for outcome in ranks.run(train_with_nonfinite, "ignore", "sharded", float("nan"), 2, world=2):
+        assert outcome["seen"] == [False] * 6
+        assert outcome["moved"] == [True] * 6
+        assert outcome["nonfinite"] == 1
+
+
+def test_nonfinite_raised_on_every_rank(ranks: RankPool) -> None:
+    outcomes = ranks.outcomes(train_with_nonfinite, "raise", "sharded", float("inf"), 2, world=3)
+    for outcome in outcomes:
+        assert isinstance(outcome, RankError)
+        assert "step 3, bucket 0: 1 gradient coordinates are NaN or inf, the lowest rank that has any is 1" in str(
+            outcome
+        )
+
+
+# -- Disagreement -----------------------------------------------------------------------------------------------------
+
+
+def disagree(kind: str, value: Any) -> str:
+    """Rank 1 differs; returns the error's text."""
+    mine = dist.get_rank() == 1
+    options: dict[str, Any] = {kind: value} if mine and kind not in ("numel", "wire version", "step") else {}
+    state = MajorityVoteState(**options)
+    if kind == "step" and mine:
+        state.step = value
+    model = nn.Linear(7, value if mine and kind == "numel" else 5)
+    with patched(state_module, "WIRE_VERSION", value if mine and kind == "wire version" else agreement.WIRE_VERSION):
+        # no DDP here: it would itself refuse models of two shapes, and other hosts of hooks do not
+        channel = state.channel()
+        try:
+            majority_vote_on(state, model)
+        except RuntimeError as error:
+            return str(error)
+    raise AssertionError(f"no error on rank {channel.rank}")
+
+
+class FakeBucket:
+    """What the state asks of a GradBucket."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters: list[torch.Tensor] = list(model.parameters())
+
+    def index(self) -> int:
+        return 0
+
+    def parameters(self) -> list[torch.Tensor]:
+        return self._parameters
+
+    def buffer(self) -> torch.Tensor:
+        return torch.cat([torch.ones_like(p).view(-1) for p in self._parameters])
+
+
+def majority_vote_on(state: MajorityVoteState, model: nn.Module) -> None:
+    with patched(hook_module, "_check_bucket", lambda bucket: None):
+        majority_vote_hook(state, FakeBucket(model)).wait()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "text"),
+    [
+        ("momentum", 0.5, "momentum: 0.9 on ranks 0, 2, 0.5 on rank 1"),
+        ("momentum", (0.9, 0.99), "momentum: 0.9 on ranks 0, 2, [0.9, 0.99] on rank 1"),
+        ("zeros", "positive", 'zeros: "coin" on ranks 0, 2, "positive" on rank 1'),
+        ("ties", "negative", 'ties: "coin" on ranks 0, 2, "negative" on rank 1'),
+        ("scale", 2.0, "scale: 1.0 on ranks 0, 2, 2.0 on rank 1"),
+        ("topology", "allgather", 'topology: "sharded" on ranks 0, 2, "allgather" on rank 1'),
+        ("nonfinite", "ignore", 'nonfinite: "propagate" on ranks 0, 2, "ignore" on rank 1'),
+        ("seed", 5, "seed: 0 on ranks 0, 2, 5 on rank 1"),
+        ("numel", 6, "numel of bucket 0: 40 on ranks 0, 2, 48 on rank 1"),
+        ("wire version", 99, "wire version: 1 on ranks 0, 2, 99 on rank 1"),
+        ("step", 12, "step: 0 on ranks 0, 2, 12 on rank 1"),
+    ],
+)
+def test_disagreement_raises_the_same_on_every_rank(ranks: RankPool, kind: str, value: Any, text: str) -> None:
+    errors = ranks.run(disagree, kind, value, world=3)
+    assert text in errors[0]
+    assert len(set(errors)) == 1
+
+
+def disagree_under_ddp() -> str:
+    ddp, _, _ = build(Job(options={"seed": dist.get_rank()}))
+    try:
+        ddp(torch.ones(2, 7)).sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def test_disagreement_reaches_the_caller_of_backward(ranks: RankPool) -> None:
+    for text in ranks.run(disagree_under_ddp, world=2):
+        assert "ranks disagree on seed: 0 on rank 0, 1 on rank 1" in text
+
+
+def out_of_step() -> str:
+    """Rank 1 skips a step without the others: the same bucket of another step must not be voted on in silence."""
+    ddp, state, _ = build(Job())
+    ddp(torch.ones(2, 7)).sum().backward()
+    if dist.get_rank() == 1:
+        state.step += 1
+    try:
+        ddp(torch.ones(2, 7)).sum().backward()
+        ddp(torch.ones(2, 7)).sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def test_ranks_out_of_step_raise(ranks: RankPool) -> None:
+    # DDP rebuilds its buckets after the first step, so that the next one begins with the agreement check
+    for text in ranks.run(out_of_step, world=3):
+        assert "step: 1 on ranks 0, 2, 2 on rank 1" in text or "ranks are out of step" in text
+
+
+# -- Ranks that die or stall ------------------------------------------------------------------------------------------
+
+
+def lose_a_rank(how: str, topology: str, lost: int) -> tuple[str, float]:
+    ddp, _, _ = build(Job(options={"topology": topology, "timeout": timedelta(seconds=2)}))
+    optimizer = SignSGD(ddp.parameters(), lr=0.01)
+    for i, x in enumerate(batches(50, dist.get_rank())):
+        if i == 5 and dist.get_rank() == lost:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(5)  # stalled: beyond the timeout
+            return "", 0.0
+        start = time.monotonic()
+        try:
+            step(ddp, optimizer, Job(), x)
+        except RuntimeError as error:
+            return str(error), time.monotonic() - start
+    raise AssertionError("no error")
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("how", ["killed", "stalled"])
+def test_a_lost_rank_is_named_and_nobody_hangs(ranks: RankPool, topology: str, how: str) -> None:
+    lost = 2
+    outcomes = ranks.outcomes(lose_a_rank, how, topology, lost, world=3)
+    if how == "killed":
+        assert isinstance(outcomes[lost], RankDied)
+    for rank in (0, 1):
+        text, seconds = outcomes[rank]
+        assert f"signvote: rank {rank}, step 6, bucket 0: " in text
+        assert any(phase in text for phase in ("all_to_all", "all_gather", "gather", "broadcast"))
+        assert seconds < 5
+
+
+# -- Errors in the worker thread and in buckets -----------------------------------------------------------------------
+
+
+def fail_in_worker() -> list[str]:
+    """The vote of rank 1 raises; the others time out waiting for it."""
+
+    def broken(*arguments: object, **options: object) -> int:
+        raise ArithmeticError("the vote broke for a test")
+
+    ddp, _, _ = build(Job(options={"timeout": timedelta(seconds=2)}))
+    texts = []
+    with patched(hook_module, "vote_runs", broken) if dist.get_rank() == 1 else nullcontext():
+        for _ in range(2):
+            try:
+                ddp(torch.ones(2, 7)).sum().backward()
+            except RuntimeError as error:
+                texts.append(str(error))
+    return texts
+
+
+def test_an_error_in_the_worker_reaches_the_caller_of_backward(ranks: RankPool) -> None:
+    texts = ranks.run(fail_in_worker, world=2)
+    assert all("rank 1, step 1, bucket 0: the vote broke for a test" in text for text in texts[1])
+    assert "rank 0, step 1, bucket 0: all_gather" in texts[0][0]
+    assert len(texts[0]) == len(texts[1]) == 2  # a state that failed once stays failed: ranks may be out of step
+
+
+def bad_gradients(kind: str) -> str:
+    models: dict[str, nn.Module] = {
+        "sparse": nn.EmbeddingBag(10, 3, sparse=True, mode="sum"),
+        "complex": nn.Linear(3, 3, dtype=torch.complex64),
+    }
+    ddp = DistributedDataParallel(models[kind])
+    attach(ddp)
+    x = torch.zeros(2, 2, dtype=torch.int64) if kind == "sparse" else torch.ones(2, 3, dtype=torch.complex64)
+    try:
+        ddp(x).abs().sum().backward()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("no error")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("sparse", "bucket 0: expected dense gradients, got torch.sparse_coo: set sparse=False on the embedding"),
+        ("complex", "bucket 0: expected real parameters, got torch.complex64"),
+    ],
+)
+def test_gradients_that_cannot_be_voted_on(ranks: RankPool, kind: str, text: str) -> None:
+    for error in ranks.run(bad_gradients, kind, world=2):
+        assert text in error
+
+
+def test_python_reducer_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"expected a GradBucket, got tuple: torch\.compile with optimize_ddp"):
+        majority_vote_hook(MajorityVoteState(), (torch.ones(3), torch.ones(3)))

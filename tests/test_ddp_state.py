@@ -1,0 +1,401 @@
+"""Saving, loading, pickling, statistics, options, and a clean end."""
+
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_jobs import Job, batches, build, digest, step, train
+from ddp_simulation import Simulation
+from ranks import RankPool
+from signvote.ddp import MajorityVoteState, attach
+from signvote.ddp.options import TOPOLOGIES
+from signvote.optim import SignSGD
+
+BUCKETS = {"bucket_cap_mb": 1e-5}
+
+
+# -- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def through_a_file(saved: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def resume(job: Job) -> tuple[str, str]:
+    """Digest after 20 steps, without and with a stop in the middle."""
+    rank = dist.get_rank()
+    ddp, state, _ = build(job)
+    optimizer = SignSGD(ddp.parameters(), lr=0.01)
+    for i, x in enumerate(batches(20, rank)):
+        if i == 9:
+            saved = through_a_file({"model": ddp.module.state_dict(), "vote": state.state_dict()})
+        step(ddp, optimizer, job, x)
+    straight = digest(ddp.module)
+
+    ddp, state, _ = build(job)  # buckets as DDP first makes them, not as they were when the job stopped
+    ddp.module.load_state_dict(saved["model"])
+    state.load_state_dict(saved["vote"])
+    optimizer = SignSGD(ddp.parameters(), lr=0.01)
+    for x in batches(11, rank, first=9):
+        step(ddp, optimizer, job, x)
+    return straight, digest(ddp.module)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("model", ["mlp", "rows", "frozen"])
+def test_resume_continues_bit_for_bit(ranks: RankPool, topology: str, model: str) -> None:
+    job = Job(model, options={"topology": topology, "seed": 3}, ddp=BUCKETS, record=False)
+    outcomes = ranks.run(resume, job, world=2)
+    assert len({text for outcome in outcomes for text in outcome}) == 1
+
+
+def channels_last_momentum() -> dict[str, torch.Tensor]:
+    """What is saved has the parameter's own order of coordinates: here momentum = 0.5 times the gradient."""
+    ddp, state, outcome = build(Job("channels_last", options={"momentum": 0.5}))
+    ddp(torch.randn(2, 7)).square().sum().backward()
+    gradient = outcome.local[0]["conv.weight"]
+    weight = ddp.module.conv.weight
+    expected = 0.5 * torch.empty_like(weight).copy_(gradient.as_strided(weight.size(), weight.stride()))
+    assert torch.equal(state.state_dict()["momentum"]["conv.weight"], expected)
+    return {}
+
+
+def test_momentum_is_saved_in_the_order_of_the_parameter(ranks: RankPool) -> None:
+    ranks.run(channels_last_momentum, world=1)
+
+
+def refusals(directory: str) -> dict[str, str]:
+    """Messages of `load_state_dict` for what it must refuse; the state is as before each time."""
+    job = Job(record=False)
+    ddp, state, _ = build(job)
+    step(ddp, SignSGD(ddp.parameters(), lr=0.01), job, torch.ones(2, 7))
+    good = state.state_dict()
+    momentum = good["momentum"]
+    bad: dict[str, Any] = {
+        "world": {**good, "world_size": 8},
+        "rank": {**good, "rank": 1 - dist.get_rank()},
+        "unknown": {**good, "momentum": {**momentum, "extra": torch.ones(3)}},
+        "missing": {**good, "momentum": {k: v for k, v in momentum.items() if k != "0.bias"}},
+        "shape": {**good, "momentum": {**momentum, "0.bias": torch.ones(3)}},
+        "format": {**good, "format": 99},
+        "keys": {"momentum": momentum},
+    }
+    texts = {}
+    for kind, saved in bad.items():
+        with pytest.raises(ValueError, match="load_state_dict") as info:
+            state.load_state_dict(saved)
+        texts[kind] = str(info.value)
+        after = state.state_dict()
+        assert after["step"] == good["step"]
+        assert all(torch.equal(after["momentum"][name], momentum[name]) for name in momentum)
+
+    state.load_state_dict({**bad["world"], "step": 7, "seed": 11}, reset_momentum=True)
+    assert (state.step, state.options.seed, state.state_dict()["momentum"]) == (7, 11, {})
+    step(ddp, SignSGD(ddp.parameters(), lr=0.01), job, torch.ones(2, 7))
+
+    ddp, state, _ = build(Job(options={"momentum": 0.0}))
+    with pytest.raises(ValueError, match=r"momentum: expected none \(momentum=0.0\), got 4 tensors"):
+        state.load_state_dict(good)
+    return texts
+
+
+def test_checkpoints_that_do_not_fit_are_refused(ranks: RankPool, tmp_path: Path) -> None:
+    for rank, texts in enumerate(ranks.run(refusals, str(tmp_path), world=2)):
+        assert "world_size: expected 2, as in this job, got 8" in texts["world"]
+        assert "reset_momentum=True" in texts["world"]
+        assert f"rank: expected {rank}, as in this job, got {1 - rank}" in texts["rank"]
+        assert "unknown: ['extra'], missing: none" in texts["unknown"]
+        assert "unknown: none, missing: ['0.bias']" in texts["missing"]
+        assert "momentum of 0.bias: expected shape (40,), got (3,)" in texts["shape"]
+        assert "format: expected 1, got 99" in texts["format"]
+        assert "expected a dict with ['format', 'momentum', 'rank', 'seed', 'step', 'world_size']" in texts["keys"]
+
+
+def test_names_must_be_known_to_save() -> None:
+    with pytest.raises(RuntimeError, match=r"state_dict: the parameters' names are not known: use attach\(ddp\)"):
+        MajorityVoteState().state_dict()
+
+
+def name_too_late() -> None:
+    ddp, state, _ = build(Job())
+    with pytest.raises(RuntimeError, match="known already"):
+        state.name_parameters(ddp.module.named_parameters())
+    other = MajorityVoteState()
+    other.name_parameters(nn.Linear(2, 2).named_parameters())
+    ddp = DistributedDataParallel(nn.Linear(7, 5))
+    from signvote.ddp import majority_vote_hook
+
+    ddp.register_comm_hook(other, majority_vote_hook)
+    with pytest.raises(RuntimeError, match="not among those that were named"):
+        ddp(torch.ones(2, 7)).sum().backward()
+
+
+def test_names_of_another_model_are_refused(ranks: RankPool) -> None:
+    ranks.run(name_too_late, world=1)
+
+
+# -- Pickling ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_state_needs_no_process_group_and_pickles() -> None:
+    state = MajorityVoteState(momentum=(0.8, 0.95), ties="positive", topology="server", seed=5, scale=0.5)
+    for again in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
+        assert again.options == state.options
+        assert again.stats().calls == 0
+
+
+def pickle_in_training() -> tuple[str, str]:
+    job = Job(record=False)
+    ddp, state, _ = build(job)
+    optimizer = SignSGD(ddp.parameters(), lr=0.01)
+    for x in batches(4, dist.get_rank()):
+        step(ddp, optimizer, job, x)
+    again = pickle.loads(pickle.dumps(state))
+    model = copy.deepcopy(ddp.module)
+    for x in batches(4, dist.get_rank(), first=4):
+        step(ddp, optimizer, job, x)
+
+    other, _, _ = build(job, again)
+    other.module.load_state_dict(model.state_dict())
+    optimizer = SignSGD(other.parameters(), lr=0.01)
+    for x in batches(4, dist.get_rank(), first=4):
+        step(other, optimizer, job, x)
+    return digest(ddp.module), digest(other.module)
+
+
+def test_a_state_pickled_in_training_goes_on(ranks: RankPool) -> None:
+    outcomes = ranks.run(pickle_in_training, world=2)
+    assert len({text for outcome in outcomes for text in outcome}) == 1
+
+
+# -- Statistics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_stats(ranks: RankPool, topology: str) -> None:
+    world, steps = 3, 4
+    job = Job("rows", steps=steps, options={"topology": topology, "momentum": 0.0})
+    outcomes = ranks.run(train, job, world=world)
+    numel = 50 * 7 + 5 * 7 + 5
+    agreement_bytes = _agreement_bytes(outcomes, topology)
+    for rank, outcome in enumerate(outcomes):
+        stats = outcome.stats
+        assert stats["steps"] == steps
+        assert stats["calls"] == steps  # one bucket
+        assert stats["coordinates"] == steps * numel
+        zeros = sum((g == 0).sum().item() for local in outcome.local for g in local.values())
+        assert stats["zero_rate"] == zeros / (steps * numel)
+        assert stats["nonfinite"] == 0
+        assert stats["pack_seconds"] > 0
+        assert stats["exchange_seconds"] > 0
+        assert stats["unpack_seconds"] > 0
+        assert (stats["vote_seconds"] > 0) == (topology != "server" or rank == 0)
+        sent, received = message_bytes(topology, [350, 35, 5], world, rank)
+        assert stats["bytes_sent"] - agreement_bytes == steps * sent
+        assert stats["bytes_received"] - agreement_bytes == steps * received
+    assert len({outcome.stats["tie_rate"] for outcome in outcomes}) == 1
+
+
+def _agreement_bytes(outcomes: list[Any], topology: str) -> int:
+    """Of the one comparison of descriptions, before the first vote and (DDP rebuilds its bucket) before the second."""
+    import json
+
+    total = 0
+    for step_ in (0, 1):
+        description = {
+            "wire version": 1,
+            "world size": 3,
+            **MajorityVoteState(topology=topology, momentum=0.0).options.as_dict(),
+            "step": step_,
+            "numel of bucket 0": 390,
+            "parameters of bucket 0": 3,
+            "dtype of bucket 0": "torch.float32",
+        }
+        total += 2 * (8 + len(json.dumps(description).encode()))
+    return total
+
+
+def message_bytes(topology: str, numels: list[int], world: int, rank: int) -> tuple[int, int]:
+    """Payload sent and received per bucket and step: words padded to 64 coordinates, and 16 bytes of trailer a row."""
+    blocks = sum(-(-numel // 64) for numel in numels)
+    if topology == "sharded":
+        row = 8 * -(-blocks // world) + 16
+        return 2 * (world - 1) * row, 2 * (world - 1) * row
+    row = 8 * blocks + 16
+    if topology == "allgather" or rank == 0:
+        return (world - 1) * row, (world - 1) * row
+    return row, row
+
+
+def test_tie_rate_is_that_of_the_simulation(ranks: RankPool) -> None:
+    job = Job("mlp", options={"momentum": 0.0, "ties": "positive"})
+    outcomes = ranks.run(train, job, world=2)
+    ties = total = 0
+    for a, b in zip(outcomes[0].local, outcomes[1].local, strict=True):
+        for name in a:
+            nonzero = (a[name] != 0) & (b[name] != 0)
+            ties += ((a[name] > 0) != (b[name] > 0))[nonzero].sum().item()
+            total += a[name].numel()
+    zeros = sum(outcome.stats["zero_rate"] * total for outcome in outcomes)
+    assert abs(outcomes[0].stats["tie_rate"] * total - ties) <= zeros
+    assert ties > 0
+
+
+def attach_without_backward() -> int:
+    ddp = DistributedDataParallel(nn.Linear(7, 5))
+    state = attach(ddp)
+    with ddp.no_sync():
+        ddp(torch.ones(2, 7)).sum().backward()
+    assert repr(state).startswith("MajorityVoteState(momentum=0.9, zeros='coin'")
+    with pytest.raises(TypeError, match="attach: ddp: expected a DistributedDataParallel, got Linear"):
+        attach(ddp.module)
+    return state.stats().calls
+
+
+def test_a_hook_that_is_never_called_can_be_told(ranks: RankPool) -> None:
+    assert ranks.run(attach_without_backward, world=2) == [0, 0]
+
+
+# -- Options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("momentum", 1.0, "momentum: expected a number in"),
+        ("momentum", -0.1, "momentum: expected a number in"),
+        ("momentum", (0.9, 1.0), "momentum: expected a number in"),
+        ("momentum", (0.9,), "momentum: expected a number in"),
+        ("momentum", "high", "momentum: expected a number in"),
+        ("momentum", float("nan"), "momentum: expected a number in"),
+        ("zeros", "zero", "zeros: expected one of 'coin', 'positive', 'negative', got 'zero'"),
+        ("ties", "zero", "ties: expected one of"),
+        ("topology", "ring", "topology: expected one of 'sharded', 'allgather', 'server', got 'ring'"),
+        ("nonfinite", "hide", "nonfinite: expected one of"),
+        ("scale", 0.0, "scale: expected a finite number above 0"),
+        ("scale", float("inf"), "scale: expected a finite number above 0"),
+        ("scale", "mean_abs", "scale: expected a finite number above 0"),
+        ("seed", -1, "seed: expected an integer from 0"),
+        ("seed", 2**64, "seed: expected an integer from 0"),
+        ("seed", 1.5, "seed: expected an integer from 0"),
+    ],
+)
+def test_options_are_checked_at_once(option: str, value: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        MajorityVoteState(**{option: value})
+
+
+def test_without_a_process_group() -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialised"):
+        MajorityVoteState().channel()
+
+
+# -- The end ----------------------------------------------------------------------------------------------------------
+
+
+def worker_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("signvote")]
+
+
+def outlive_the_group() -> tuple[str, str]:
+    """The worker thread and the group go with the process group; the same state then works with the next one."""
+    ddp, state, _ = build(Job(record=False))
+    optimizer = SignSGD(ddp.parameters(), lr=0.01)
+    for x in batches(3, dist.get_rank()):
+        step(ddp, optimizer, Job(), x)
+    assert worker_threads()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    store = dist.PrefixStore("again", dist.distributed_c10d._get_default_store())  # type: ignore[attr-defined]
+    dist.destroy_process_group()
+    deadline = time.monotonic() + 5
+    while worker_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not worker_threads()
+    assert state._channel is not None
+    assert not state._channel.alive
+    bytes_before = state.stats().bytes_sent
+
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    again = DistributedDataParallel(ddp.module)
+    from signvote.ddp import majority_vote_hook
+
+    again.register_comm_hook(state, majority_vote_hook)
+    for x in batches(3, rank, first=3):
+        step(again, optimizer, Job(), x)
+    assert state.stats().bytes_sent > bytes_before
+    assert state.step == 6
+    return digest(again.module), str(state.stats().calls)
+
+
+def test_nothing_outlives_the_process_group(ranks: RankPool) -> None:
+    outcomes = ranks.run(outlive_the_group, world=2)
+    straight = ranks.run(train_six, world=2)
+    assert {outcome[0] for outcome in outcomes} == set(straight)
+
+
+def train_six() -> str:
+    ddp, _, _ = build(Job(record=False))
+    optimizer = SignSGD(ddp.parameters(), lr=0.01)
+    for x in batches(6, dist.get_rank()):
+        step(ddp, optimizer, Job(), x)
+    return digest(ddp.module)
+
+
+@pytest.mark.parametrize("destroy", ["dist.destroy_process_group()", "pass"])
+def test_no_word_at_exit(tmp_path: Path, destroy: str) -> None:
+    """Two ranks under torchrun end without a warning, whether or not the script destroys its group."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import os, sys
+            import torch, torch.distributed as dist
+            from torch.nn.parallel import DistributedDataParallel
+            from signvote.ddp import attach
+            dist.init_process_group("gloo")
+            ddp = DistributedDataParallel(torch.nn.Linear(7, 5))
+            state = attach(ddp)
+            for _ in range(3):
+                ddp(torch.ones(2, 7)).sum().backward()
+            assert state.stats().calls == 3
+            {destroy}
+            print("done", flush=True)
+            """
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done") == 2
+    assert done.stderr == ""
+
+
+def test_simulation_knows_places_of_frozen_parameters() -> None:
+    """The simulation would agree with a hook that numbered only trainable parameters if it did so itself."""
+    ones = {"b": torch.zeros(256)}
+    first = Simulation(1, ["b"], momentum=0.0).vote([ones])["b"]
+    second = Simulation(1, ["a", "b"], momentum=0.0).vote([ones])["b"]
+    assert not torch.equal(first, second)

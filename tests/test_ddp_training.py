@@ -1,0 +1,147 @@
+"""The hook on real gloo ranks equals the single-process simulation, bit for bit and from the first step on."""
+
+from dataclasses import replace
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+
+from ddp_jobs import MODELS, Job, Outcome, train
+from ddp_simulation import Simulation
+from ranks import RankPool
+from signvote.ddp.layout import FIRST, NUMEL, PLACE, WORD, BucketLayout
+from signvote.ddp.options import TOPOLOGIES
+from signvote.ddp.trailer import TRAILER_WORDS
+
+TINY_BUCKETS = {"bucket_cap_mb": 1e-5}  # one parameter each, once DDP has rebuilt its buckets
+
+FEATURES = {
+    "plain": Job(),
+    "rebuilt_buckets": Job(ddp=TINY_BUCKETS),
+    "gradient_as_bucket_view": Job(ddp={"gradient_as_bucket_view": True, **TINY_BUCKETS}),
+    "static_graph": Job(ddp={"static_graph": True, **TINY_BUCKETS}),
+    "find_unused_parameters": Job("branches", ddp={"find_unused_parameters": True, **TINY_BUCKETS}),
+    "no_sync": Job(accumulate=3),
+    "join": Job(uneven=True, ddp=TINY_BUCKETS),
+    "mixed_dtypes": Job("mixed", ddp=TINY_BUCKETS),
+    "frozen_parameters": Job("frozen", ddp=TINY_BUCKETS),
+    "one_element": Job("scalar"),
+    "untouched_rows": Job("rows"),
+    "channels_last": Job("channels_last"),
+    "forty_buckets_and_delays": Job("deep", ddp=TINY_BUCKETS, delays=True),
+}
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "signum": {},
+    "signsgd": {"momentum": 0.0},
+    "lion": {"momentum": (0.9, 0.99), "seed": 2**64 - 1},
+    "constant_bits": {"momentum": 0.0, "zeros": "positive", "ties": "negative", "scale": 0.25},
+    "constant_bits_reversed": {"zeros": "negative", "ties": "positive"},
+}
+
+
+def parameter_names(model: str) -> list[str]:
+    return [name for name, _ in MODELS[model]().named_parameters()]
+
+
+def check_against_simulation(job: Job, outcomes: list[Outcome]) -> None:
+    simulation = Simulation(len(outcomes), parameter_names(job.model), **job.options)
+    steps = len(outcomes[0].local)
+    assert steps == job.steps
+    for step in range(steps):
+        expected = simulation.vote([outcome.local[step] for outcome in outcomes])
+        for rank, outcome in enumerate(outcomes):
+            if step >= len(outcome.voted):
+                continue  # this rank has joined: it votes on, but takes no step
+            for name, voted in outcome.voted[step].items():
+                # bits, not numbers: 0.0 == -0.0
+                assert torch.equal(voted.view(torch.uint8), expected[name].view(torch.uint8)), (rank, step, name)
+    assert len({outcome.digest for outcome in outcomes}) == 1
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("world", [2, 3])
+def test_equals_simulation(ranks: RankPool, feature: str, topology: str, world: int) -> None:
+    job = FEATURES[feature]
+    job = replace(job, options={"topology": topology})
+    outcomes = ranks.run(train, job, world=world)
+    check_against_simulation(job, outcomes)
+    if feature in ("rebuilt_buckets", "forty_buckets_and_delays"):
+        assert outcomes[0].buckets == set(range(len(parameter_names(job.model))))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_options_equal_simulation(ranks: RankPool, options: str, world: int) -> None:
+    job = Job("rows", options=OPTIONS[options], ddp=TINY_BUCKETS)
+    check_against_simulation(job, ranks.run(train, job, world=world))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_replicas_stay_identical(ranks: RankPool, world: int) -> None:
+    """Over 300 steps, and the three topologies train to the same bits."""
+    digests = set()
+    for topology in TOPOLOGIES:
+        job = Job("rows", steps=300, options={"topology": topology}, ddp=TINY_BUCKETS, record=False)
+        digests |= {outcome.digest for outcome in ranks.run(train, job, world=world)}
+    assert len(digests) == 1
+
+
+def train_subgroup() -> str | None:
+    """Ranks 1 and 2 train, 0 does not."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from ddp_jobs import batches, digest, mlp, step
+    from signvote.ddp import attach
+
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return None
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(mlp(), process_group=group)
+    state = attach(ddp)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
+    for x in batches(5, dist.get_rank()):
+        step(ddp, optimizer, Job(), x)
+    assert state.stats().steps == 5
+    return digest(ddp.module)
+
+
+@pytest.mark.parametrize("_run", range(2))
+def test_ranks_of_a_subgroup_vote_among_themselves(ranks: RankPool, _run: int) -> None:
+    outcomes = ranks.run(train_subgroup, world=3)
+    assert outcomes[0] is None
+    assert outcomes[1] == outcomes[2] is not None
+
+
+@given(
+    numels=st.lists(st.integers(0, 300), max_size=12),
+    num_shards=st.integers(1, 9),
+)
+def test_layout_covers_each_coordinate_once(numels: list[int], num_shards: int) -> None:
+    places = [7 * i for i in range(len(numels))]
+    layout = BucketLayout(numels, places, num_shards, TRAILER_WORDS)
+    expected = 0  # runs are in the order of the buffer, without gaps
+    used: set[int] = set()
+    for run in layout.runs:
+        assert run[NUMEL] > 0
+        assert run[FIRST] % 64 == 0
+        start = sum(numels[: places.index(run[PLACE])])
+        assert run[3] == expected == start + run[FIRST]
+        expected += run[NUMEL]
+        row, column = divmod(int(run[WORD]), layout.row_words)
+        words = -(-int(run[NUMEL]) // 32)
+        assert row < num_shards
+        assert column + words <= layout.shard_words  # never into a trailer
+        touched = set(range(run[WORD], run[WORD] + words))
+        assert not touched & used
+        used |= touched
+    assert expected == sum(numels)
+    shards = [layout.shard_runs(shard) for shard in range(num_shards)]
+    assert sum(map(len, shards)) == len(layout.runs)
+    # padding: at most one block per parameter, one per shard, and the trailers
+    assert layout.shard_words * num_shards <= sum(numels) / 32 + 2 * len(numels) + 2 * num_shards
