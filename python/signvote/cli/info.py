@@ -1,0 +1,58 @@
+"""`signvote info`: what this installation is made of, for a user and for a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+
+import signvote
+from signvote.ops import default_implementation
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser("info", help="show versions, implementations and threads")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        facts = collect()
+    except ValueError as error:  # SIGNVOTE_IMPLEMENTATION names none
+        print(f"signvote info: {error}", file=sys.stderr)
+        return 1
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+    return 0
+
+
+def collect() -> dict[str, str]:
+    return {
+        "signvote": signvote.__version__,
+        "implementations": ", ".join(signvote.implementations()) + " (best first)",
+        "chosen": f"{default_implementation()} ({reason()})",
+        "CUDA": "not built: this version of signvote has no CUDA part",
+        "torch": torch.__version__,
+        "gloo": "available" if gloo_available() else "not in this torch: the hook cannot run",
+        "numpy": numpy.__version__,
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+        "CPUs": str(os.cpu_count()),
+        "torch threads": str(torch.get_num_threads()),
+    }
+
+
+def reason() -> str:
+    name = os.environ.get("SIGNVOTE_IMPLEMENTATION")
+    return f"SIGNVOTE_IMPLEMENTATION={name}" if name else "the best; SIGNVOTE_IMPLEMENTATION is not set"
+
+
+def gloo_available() -> bool:
+    return dist.is_available() and dist.is_gloo_available()

@@ -1,0 +1,51 @@
+"""The commands, run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import signvote
+from signvote.cli import main
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "signvote", *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_info_names_what_is_installed() -> None:
+    result = command("info")
+    assert result.returncode == 0, result.stderr
+    facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if "torch threads" not in line)
+    assert facts["signvote"] == signvote.__version__
+    assert facts["implementations"].startswith(", ".join(signvote.implementations()))
+    assert facts["CUDA"].startswith("not built")
+    assert facts["gloo"] == "available"
+
+
+def test_info_shows_the_chosen_implementation() -> None:
+    result = command("info", SIGNVOTE_IMPLEMENTATION="portable")
+    assert "portable (SIGNVOTE_IMPLEMENTATION=portable)" in result.stdout
+
+
+def test_info_refuses_an_unknown_implementation() -> None:
+    result = command("info", SIGNVOTE_IMPLEMENTATION="mmx")
+    assert result.returncode == 1
+    assert "SIGNVOTE_IMPLEMENTATION is 'mmx'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    assert "usage: signvote" in capsys.readouterr().err
