@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from signvote.ddp.stats import Traffic
+
 # torch renames all_gather_into_tensor to all_gather_single and warns about the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -29,13 +31,16 @@ class Channel:
     The group and the thread go when the process group goes (``destroy_process_group``): the channel holds no reference
     that keeps either alive.
 
+    Args:
+        process_group: The ranks.
+        timeout: How long a collective waits for another rank; None: as long as ``process_group``.
+        traffic: Counts the payload handed to the collectives for other ranks and taken from them, and their time.
+
     Attributes:
         rank, size: This rank in the group, and how many there are.
-        bytes_sent, bytes_received: Payload handed to the collectives for, and taken from, other ranks.
-        seconds: Time spent in the collectives.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None, timeout: timedelta | None) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None, timeout: timedelta | None, traffic: Traffic) -> None:
         parent = process_group if process_group is not None else dist.group.WORLD
         assert parent is not None  # the caller has checked that torch.distributed is initialised
         group = dist.new_group(
@@ -48,9 +53,7 @@ class Channel:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._first = dist.get_global_rank(group, 0)
-        self.bytes_sent = 0
-        self.bytes_received = 0
-        self.seconds = 0.0
+        self._traffic = traffic
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="signvote")
         weakref.finalize(group, self._worker.shutdown, wait=False)
 
@@ -113,9 +116,9 @@ class Channel:
             collective(*tensors, group=group, **options)
         except Exception as error:
             raise CollectiveError(f"{name}: {error}") from error
-        self.seconds += time.perf_counter() - start
-        self.bytes_sent += to_others
-        self.bytes_received += from_others
+        self._traffic.seconds += time.perf_counter() - start
+        self._traffic.bytes_sent += to_others
+        self._traffic.bytes_received += from_others
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:

@@ -1,7 +1,7 @@
 """The state of the hook: options, each parameter's momentum, the step, and how they are saved."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -10,15 +10,15 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from signvote.ddp import checkpoint
 from signvote.ddp.agreement import WIRE_VERSION, check_agreement
 from signvote.ddp.channel import Channel
 from signvote.ddp.layout import BucketLayout
+from signvote.ddp.momentum import MomentumByPlace
 from signvote.ddp.options import VoteOptions
-from signvote.ddp.stats import VoteStats
+from signvote.ddp.stats import Counters, Traffic, VoteStats
 from signvote.ddp.topology import Exchange, new_exchange, num_shards
 from signvote.ddp.trailer import TRAILER_WORDS
-
-CHECKPOINT_FORMAT = 1
 
 
 @dataclass
@@ -38,27 +38,6 @@ class BucketPlan:
             and len(self.parameters) == len(parameters)
             and all(ours is theirs for ours, theirs in zip(self.parameters, parameters, strict=True))
         )
-
-
-@dataclass
-class Counters:
-    """What :class:`VoteStats` is made from. Packing writes the first group, the worker thread the second."""
-
-    calls: int = 0
-    steps: int = 0
-    coordinates: int = 0
-    zeros: int = 0
-    pack_seconds: float = 0.0
-
-    voted: int = 0
-    ties: int = 0
-    nonfinite: int = 0
-    vote_seconds: float = 0.0
-    unpack_seconds: float = 0.0
-    # of channels that are gone
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    exchange_seconds: float = 0.0
 
 
 class MajorityVoteState:
@@ -118,12 +97,10 @@ class MajorityVoteState:
         self.process_group = process_group
         self.step = 0
         self._names: list[str] | None = None
-        self._momentum: dict[int, torch.Tensor] = {}  # by place in the model
-        self._counters = Counters()
-        self._unbind()
-
-    def _unbind(self) -> None:
-        """Forget what is tied to live objects: parameters, buckets, the process group."""
+        self._momentum = MomentumByPlace()
+        self.counters = Counters()
+        self._traffic = Traffic()
+        # What is tied to live objects: parameters, buckets, the process group.
         self._places: dict[torch.Tensor, int] = {}
         self._plans: dict[int, BucketPlan] = {}
         self._last_bucket = -1
@@ -173,20 +150,12 @@ class MajorityVoteState:
         if self._channel is None or not self._channel.alive:
             if not dist.is_initialized():
                 raise RuntimeError("majority_vote_hook: torch.distributed is not initialised (init_process_group)")
-            self._retire_channel()
             self._plans.clear()
             self._failure = None
-            self._channel = Channel(self.process_group, self.timeout)
+            self._channel = Channel(self.process_group, self.timeout, self._traffic)
         if self._failure is not None:
             raise RuntimeError(str(self._failure)) from self._failure
         return self._channel
-
-    def _retire_channel(self) -> None:
-        if self._channel is not None:
-            self._counters.bytes_sent += self._channel.bytes_sent
-            self._counters.bytes_received += self._channel.bytes_received
-            self._counters.exchange_seconds += self._channel.seconds
-            self._channel = None
 
     def plan(self, channel: Channel, bucket: dist.GradBucket) -> BucketPlan:  # type: ignore[name-defined]
         """The plan of ``bucket``: made when DDP first shows it, and anew when DDP has rebuilt its buckets."""
@@ -210,7 +179,7 @@ class MajorityVoteState:
             layout=layout,
             exchange=exchange,
             voter_runs=layout.shard_runs(exchange.shard) if exchange.shard is not None else layout.runs[:0],
-            momentum=self._flat_momentum(parameters, places, dtype) if self.options.has_momentum else None,
+            momentum=self._momentum.gather(parameters, places, dtype) if self.options.has_momentum else None,
         )
         self._plans[index] = plan
         description = {
@@ -241,54 +210,23 @@ class MajorityVoteState:
     def failure(self) -> Exception | None:
         return self._failure
 
-    def _flat_momentum(self, parameters: list[torch.Tensor], places: list[int], dtype: torch.dtype) -> torch.Tensor:
-        """Momentum of a bucket in the order of its buffer; what the state holds by place becomes views into it."""
-        flat = torch.zeros(
-            sum(parameter.numel() for parameter in parameters),
-            dtype=torch.float64 if dtype == torch.float64 else torch.float32,
-        )
-        offset = 0
-        for parameter, place in zip(parameters, places, strict=True):
-            view = _in_memory_order_of(parameter, flat[offset : offset + parameter.numel()])
-            if place in self._momentum:
-                view.copy_(self._momentum[place])
-            self._momentum[place] = view
-            offset += parameter.numel()
-        return flat
-
     # -- Steps and counters ---------------------------------------------------------------------------------------
 
     def begin(self, bucket_index: int) -> int:
-        """Count a call of the hook; the step it belongs to. DDP shows its buckets in order: an index that does not
-        grow is a new backward pass."""
+        """Count a call of the hook and return the step that it belongs to.
+
+        DDP shows its buckets in order, so an index that does not grow begins a new backward pass.
+        """
         if bucket_index <= self._last_bucket or self._last_bucket < 0:
             self.step += 1
-            self._counters.steps += 1
+            self.counters.steps += 1
         self._last_bucket = bucket_index
-        self._counters.calls += 1
+        self.counters.calls += 1
         return self.step
-
-    @property
-    def counters(self) -> Counters:
-        return self._counters
 
     def stats(self) -> VoteStats:
         """What this rank has done so far, see :class:`VoteStats`. With ``calls`` at 0 the hook is not in use."""
-        counters, channel = self._counters, self._channel
-        return VoteStats(
-            calls=counters.calls,
-            steps=counters.steps,
-            coordinates=counters.coordinates,
-            bytes_sent=counters.bytes_sent + (channel.bytes_sent if channel else 0),
-            bytes_received=counters.bytes_received + (channel.bytes_received if channel else 0),
-            pack_seconds=counters.pack_seconds,
-            exchange_seconds=counters.exchange_seconds + (channel.seconds if channel else 0.0),
-            vote_seconds=counters.vote_seconds,
-            unpack_seconds=counters.unpack_seconds,
-            zero_rate=counters.zeros / max(1, counters.coordinates),
-            tie_rate=counters.ties / max(1, counters.voted),
-            nonfinite=counters.nonfinite,
-        )
+        return self.counters.stats(self._traffic)
 
     # -- Saving ---------------------------------------------------------------------------------------------------
 
@@ -303,12 +241,12 @@ class MajorityVoteState:
         names = self._known_names("state_dict")
         rank, world_size = self._rank_and_world_size("state_dict")
         return {
-            "format": CHECKPOINT_FORMAT,
+            "format": checkpoint.FORMAT,
             "rank": rank,
             "world_size": world_size,
             "step": self.step,
             "seed": self.options.seed,
-            "momentum": {names[place]: momentum.clone() for place, momentum in sorted(self._momentum.items())},
+            "momentum": {names[place]: momentum for place, momentum in self._momentum.items()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, reset_momentum: bool = False) -> None:
@@ -325,53 +263,19 @@ class MajorityVoteState:
             RuntimeError: As :meth:`state_dict`.
         """
         names = self._known_names("load_state_dict")
-        _check_is_checkpoint(state_dict)
+        checkpoint.check_format(state_dict)
         momentum: dict[int, torch.Tensor] = {}
         if not reset_momentum:
-            rank, world_size = self._rank_and_world_size("load_state_dict")
-            remedy = (
-                "reset_momentum=True takes over the step and starts with zero momentum, "
-                "which is back after some 1/(1 - beta) steps"
-            )
-            for what, ours in (("world_size", world_size), ("rank", rank)):
-                if state_dict[what] != ours:
-                    raise ValueError(
-                        f"load_state_dict: {what}: expected {ours}, as in this job, got {state_dict[what]}: momentum "
-                        f"belongs to the rank that gathered it, so each rank loads what it saved. {remedy}"
-                    )
-            momentum = self._checked_momentum(names, state_dict, remedy)
-        self.options = VoteOptions(**{**self.options.as_dict(), "seed": state_dict["seed"]})
+            checkpoint.check_rank(state_dict, *self._rank_and_world_size("load_state_dict"))
+            saved = state_dict["momentum"]
+            parameters = {names[place]: parameter for parameter, place in self._places.items()}
+            checkpoint.check_momentum(saved, parameters, self.options.has_momentum, state_dict["step"])
+            momentum = {place: saved[name].detach().clone() for place, name in enumerate(names) if name in saved}
+        self.options = replace(self.options, seed=state_dict["seed"])
         self.step = state_dict["step"]
-        self._momentum = momentum
+        self._momentum = MomentumByPlace(momentum)
         self._plans.clear()
         self._last_bucket = -1
-
-    def _checked_momentum(
-        self, names: list[str], state_dict: Mapping[str, Any], remedy: str
-    ) -> dict[int, torch.Tensor]:
-        saved: Mapping[str, torch.Tensor] = state_dict["momentum"]
-        parameters = {names[place]: (place, parameter) for parameter, place in self._places.items()}
-        unknown = [name for name in saved if name not in parameters]
-        expected = [name for name, (_, parameter) in parameters.items() if parameter.requires_grad]
-        if not self.options.has_momentum or state_dict["step"] == 0:
-            expected = []
-        missing = [name for name in expected if name not in saved]
-        if not self.options.has_momentum and saved:
-            raise ValueError(
-                f"load_state_dict: momentum: expected none (momentum=0.0), got {len(saved)} tensors. {remedy}"
-            )
-        if unknown or missing:
-            raise ValueError(
-                "load_state_dict: momentum: expected the names of this model's parameters; "
-                f"unknown: {unknown or 'none'}, missing: {missing or 'none'}. {remedy}"
-            )
-        for name, tensor in saved.items():
-            if tensor.shape != parameters[name][1].shape:
-                raise ValueError(
-                    f"load_state_dict: momentum of {name}: expected shape {tuple(parameters[name][1].shape)}, "
-                    f"got {tuple(tensor.shape)}. {remedy}"
-                )
-        return {parameters[name][0]: tensor.detach().clone() for name, tensor in saved.items()}
 
     def _known_names(self, caller: str) -> list[str]:
         if self._names is None:
@@ -393,32 +297,15 @@ class MajorityVoteState:
             "implementation": self.implementation,
             "step": self.step,
             "names": self._names,
-            "momentum": {place: momentum.clone() for place, momentum in self._momentum.items()},
+            "momentum": dict(self._momentum.items()),
         }
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__init__(timeout=saved["timeout"], implementation=saved["implementation"], **saved["options"])  # type: ignore[misc]
         self.step = saved["step"]
         self._names = saved["names"]
-        self._momentum = saved["momentum"]
+        self._momentum = MomentumByPlace(saved["momentum"])
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.as_dict().items())
         return f"MajorityVoteState({options})"
-
-
-def _in_memory_order_of(parameter: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """``flat`` in the shape of ``parameter``, coordinates in the order in which DDP lays its gradient into a bucket."""
-    dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
-    if dense:
-        return flat.as_strided(parameter.size(), parameter.stride(), flat.storage_offset())
-    return flat.view(parameter.size())
-
-
-def _check_is_checkpoint(state_dict: Mapping[str, Any]) -> None:
-    keys = {"format", "rank", "world_size", "step", "seed", "momentum"}
-    if not isinstance(state_dict, Mapping) or not keys <= set(state_dict):
-        got = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
-        raise ValueError(f"load_state_dict: state_dict: expected a dict with {sorted(keys)}, got {got}")
-    if state_dict["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(f"load_state_dict: format: expected {CHECKPOINT_FORMAT}, got {state_dict['format']}")

@@ -37,3 +37,45 @@ class VoteStats:
     def as_dict(self) -> dict[str, Any]:
         """The same as a plain dict, for a logger or JSON."""
         return asdict(self)
+
+
+@dataclass
+class Traffic:
+    """What has gone over a channel. One thread writes it."""
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Counters:
+    """What :class:`VoteStats` is made from. The thread that packs writes the first group, the worker the second."""
+
+    calls: int = 0
+    steps: int = 0
+    coordinates: int = 0
+    zeros: int = 0
+    pack_seconds: float = 0.0
+
+    voted: int = 0
+    ties: int = 0
+    nonfinite: int = 0
+    vote_seconds: float = 0.0
+    unpack_seconds: float = 0.0
+
+    def stats(self, traffic: Traffic) -> VoteStats:
+        return VoteStats(
+            calls=self.calls,
+            steps=self.steps,
+            coordinates=self.coordinates,
+            bytes_sent=traffic.bytes_sent,
+            bytes_received=traffic.bytes_received,
+            pack_seconds=self.pack_seconds,
+            exchange_seconds=traffic.seconds,
+            vote_seconds=self.vote_seconds,
+            unpack_seconds=self.unpack_seconds,
+            zero_rate=self.zeros / max(1, self.coordinates),
+            tie_rate=self.ties / max(1, self.voted),
+            nonfinite=self.nonfinite,
+        )

@@ -1,0 +1,44 @@
+"""Each parameter's momentum, whatever buckets DDP puts the parameters in."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+
+class MomentumByPlace:
+    """Momentum of this rank by the parameter's place in the model, in the parameter's shape.
+
+    The kernels want the momentum of a bucket in one piece, so :meth:`gather` lays it out flat and keeps views into it:
+    when DDP rebuilds its buckets, momentum moves along.
+    """
+
+    def __init__(self, momentum: Mapping[int, torch.Tensor] | None = None) -> None:
+        self._momentum = dict(momentum or {})
+
+    def items(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Copies, in the order of the model."""
+        for place, momentum in sorted(self._momentum.items()):
+            yield place, momentum.clone()
+
+    def gather(self, parameters: Sequence[torch.Tensor], places: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The momentum of a bucket of gradients of ``dtype``, flat, in the order of the bucket's buffer.
+
+        float32, or float64 for float64 gradients: (1 - β)·g would be lost in a bfloat16 m.
+        """
+        numels = [parameter.numel() for parameter in parameters]
+        flat = torch.zeros(sum(numels), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        pieces = torch.split(flat, numels)
+        for parameter, place, piece in zip(parameters, places, pieces, strict=True):
+            view = _in_memory_order_of(parameter, piece)
+            if place in self._momentum:
+                view.copy_(self._momentum[place])
+            self._momentum[place] = view
+        return flat
+
+
+def _in_memory_order_of(parameter: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+    """``flat`` in the shape of ``parameter``, coordinates in the order in which DDP lays its gradient into a bucket."""
+    dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
+    if dense:
+        return flat.as_strided(parameter.size(), parameter.stride(), flat.storage_offset())
+    return flat.view(parameter.size())
