@@ -40,10 +40,11 @@ struct Kernels {
   PackCounts (*pack_signs[kNumDTypes])(const void* x, size_t numel, Undecided zeros, uint64_t coins, uint32_t* words);
 
   // The same of v = send_momentum * m + send_gradient * g, and m is replaced. Momentum, coefficients and arithmetic
-  // are float32 (float64 for a float64 gradient): two rounded products and a rounded sum, never fused. A result
-  // smaller than the smallest normal number is 0, for v and for m: otherwise the momentum of a coordinate that gets
-  // no gradient any more stops at the smallest subnormal, and votes one way for ever. Where g is not finite it is
-  // counted, m stays as it was, and the bit is that of send_momentum * m.
+  // are float32 (float64 for a float64 gradient): two rounded products and a rounded sum, never fused, to nearest,
+  // whatever the floating-point environment says. A result smaller than the smallest normal number is +0, for v and
+  // for m: otherwise the momentum of a coordinate that gets no gradient any more stops at the smallest subnormal, and
+  // votes one way for ever. Where g is not finite m stays as it was, and the bit is that of send_momentum * m. Counted
+  // as not finite is a coordinate where g or v is. Which NaN takes the place of a NaN in m is not specified.
   PackCounts (*pack_momentum[kNumDTypes])(const void* gradient, void* momentum, size_t numel,
                                           const MomentumCoefficients& coefficients, Undecided zeros, uint64_t coins,
                                           uint32_t* words);

@@ -1,0 +1,176 @@
+"""Every implementation against the reference in a C++ program of its own: with sanitizers, and for aarch64 in qemu."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import reference
+import signvote
+from samples import BITS, DTYPES, SIZES, bit_rows, mixture, special, store, values, word_rows
+
+TESTS = Path(__file__).parent
+CPU = TESTS.parent / "csrc" / "cpu"
+OPS = ("pack_signs", "pack_momentum", "has_nonfinite", "majority_vote", "unpack_signs")
+UNDECIDED = ("negative", "positive", "coin")  # in the order of the enum
+NUM_ROWS = (*range(1, 10), 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000)
+COEFFICIENTS = ((0.9, 0.1, 0.99, 0.01), (1.0, 1.0, 1.0, 1.0), (1e30, 1e30, 1e30, 1e30), (1e-30, -1e-30, -1e-30, 1e-30))
+SEED = 2**64 - 3
+
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off"]
+PLAIN = ["-O3"]
+SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"],
+}
+
+
+class Cases:
+    """The file of cases, as tests/cpp/driver.cpp reads it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def add(
+        self,
+        op: str,
+        numel: int,
+        arrays: list[NDArray[Any]],
+        dtype: str = "float32",
+        undecided: str = "coin",
+        num_rows: int = 0,
+        coins: int = 0,
+        positive: int = 0,
+        counts: tuple[int, int] = (0, 0),
+        coefficients: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
+    ) -> None:
+        first = (OPS.index(op), DTYPES.index(dtype), UNDECIDED.index(undecided), numel, num_rows)
+        self._file.write(struct.pack("=5q2Q2q4d", *first, coins, positive, *counts, *coefficients))
+        for array in arrays:
+            self._file.write(np.ascontiguousarray(array).tobytes())
+
+    def add_pack(self, rng: np.random.Generator, x: NDArray[Any], dtype: str, undecided: str) -> None:
+        first = 64 * int(rng.integers(0, 100))
+        coins = (reference.mix(SEED) + first // 64) % 2**64
+        words, zeros, nonfinite = reference.pack_signs(values(x, dtype), undecided, SEED, first)
+        self.add("pack_signs", x.size, [x, words], dtype, undecided, coins=coins, counts=(zeros, nonfinite))
+        self.add("has_nonfinite", x.size, [x], dtype, counts=(nonfinite > 0, 0))
+
+        momentum_dtype = "float64" if dtype == "float64" else "float32"
+        m = mixture(rng, x.size, momentum_dtype)
+        coefficients = COEFFICIENTS[int(rng.integers(0, len(COEFFICIENTS)))]
+        words, kept, zeros, nonfinite = reference.pack_momentum(
+            values(x, dtype), m, coefficients, undecided, SEED, first
+        )
+        self.add(
+            "pack_momentum",
+            x.size,
+            [x, m, words, kept],
+            dtype,
+            undecided,
+            coins=coins,
+            counts=(zeros, nonfinite),
+            coefficients=coefficients,
+        )
+
+    def add_unpack(self, rng: np.random.Generator, numel: int, dtype: str) -> None:
+        words = rng.integers(0, 2**32, (numel + 31) // 32, np.uint32)
+        bits = BITS[dtype]
+        positive: NDArray[Any] = store(np.array([0.0 if numel == 1 else 1.5]), dtype).view(bits)
+        negative = positive ^ bits(2 ** (8 * positive.itemsize - 1))
+        out = np.where(reference.bits_of(words, numel), positive, negative)
+        self.add("unpack_signs", numel, [words, out], dtype, positive=int(positive[0]))
+
+    def add_vote(self, rng: np.random.Generator, bits: NDArray[np.bool_], undecided: str) -> None:
+        num_rows, numel = bits.shape
+        first = 64 * int(rng.integers(0, 100))
+        rows = word_rows(bits, unused=bool(rng.integers(0, 2)))
+        words, tied = reference.majority_vote(rows, numel, undecided, SEED, first)
+        coins = (reference.mix(SEED) + first // 64) % 2**64
+        self.add("majority_vote", numel, [rows, words], "float32", undecided, num_rows, coins, counts=(tied, 0))
+
+
+def write_cases(file: BinaryIO) -> None:
+    cases = Cases(file)
+    rng = np.random.default_rng(0)
+    for dtype in DTYPES:
+        for i, numel in enumerate(SIZES):
+            cases.add_pack(rng, mixture(rng, numel, dtype), dtype, UNDECIDED[i % 3])
+            cases.add_pack(rng, mixture(rng, numel, dtype, finite=True), dtype, "coin")
+            cases.add_unpack(rng, numel, dtype)
+        for undecided in UNDECIDED:
+            cases.add_pack(rng, np.tile(special(dtype), 5), dtype, undecided)
+            cases.add_pack(rng, store(np.zeros(200), dtype), dtype, undecided)
+            cases.add_pack(rng, store(rng.standard_normal(200), dtype), dtype, undecided)
+    for num_rows in NUM_ROWS:
+        small = (0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513)
+        for i, numel in enumerate((*small, 2085) if num_rows < 100 else (0, 1, 65, 513)):
+            for bits in bit_rows(rng, num_rows, numel):
+                cases.add_vote(rng, bits, UNDECIDED[i % 3])
+    for num_rows in (2, 10, 33):  # more than a tile of any width
+        cases.add_vote(rng, rng.integers(0, 2, (num_rows, 2 * 16384 + 77)).astype(bool), "coin")
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cases") / "cases"
+    with path.open("wb") as file:
+        write_cases(file)
+    return path
+
+
+def build(compiler: str, flags: list[str], implementations: list[str], directory: Path) -> Path:
+    """The driver, two compilers at a time."""
+    sources = [TESTS / "cpp" / "driver.cpp", CPU / "dispatch.cpp"]
+    sources += [CPU / f"kernels_{name}.cpp" for name in implementations]
+
+    def build_object(source: Path) -> str:
+        built = str(directory / f"{source.stem}.o")
+        isa_flags = ISA_FLAGS.get(source.stem.removeprefix("kernels_"), [])
+        subprocess.run([compiler, *FLAGS, *flags, *isa_flags, "-c", str(source), "-o", built], check=True)
+        return built
+
+    with ThreadPoolExecutor(2) as executor:
+        objects = list(executor.map(build_object, sources))
+    driver = directory / "driver"
+    subprocess.run([compiler, *flags, *objects, "-o", str(driver)], check=True)
+    return driver
+
+
+def run(command: list[str], cases: Path) -> str:
+    finished = subprocess.run([*command, str(cases)], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-1000:] + finished.stderr[:4000]
+    return finished.stdout
+
+
+def need(*tools: str) -> None:
+    for tool in tools:
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the driver's guard pages are Linux's")
+@pytest.mark.parametrize("flags", [PLAIN, SANITIZED], ids=["plain", "sanitized"])
+def test_this_machine(flags: list[str], cases: Path, tmp_path: Path) -> None:
+    need("g++")
+    isas = {"x86_64": ["avx2", "avx512"], "aarch64": ["neon"]}.get(platform.machine(), [])
+    driver = build("g++", flags, [*isas, "portable"], tmp_path)
+    assert f"{' '.join(signvote.implementations())}: 0 wrong" in run([str(driver)], cases)
+
+
+def test_aarch64_in_qemu(cases: Path, tmp_path: Path) -> None:
+    need("aarch64-linux-gnu-g++", "qemu-aarch64")
+    driver = build("aarch64-linux-gnu-g++", PLAIN, ["neon", "portable"], tmp_path)
+    output = run(["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", str(driver)], cases)
+    assert "neon portable: 0 wrong" in output
