@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -75,7 +75,6 @@ exact_gradients = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(
     gradients=exact_gradients,
     x=st.lists(st.floats(-10, 10, width=32), min_size=5, max_size=5),
