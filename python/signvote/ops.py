@@ -330,7 +330,7 @@ def _tensor_memory(op: str, name: str, x: torch.Tensor, written: bool) -> torch.
     """``x`` without autograd, after the checks that NumPy's view of it could not make."""
     if x.layout is not torch.strided:
         raise ValueError(f"{op}: {name} has layout {x.layout}, expected a dense tensor; x.to_dense() makes one")
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         cuda = "; this build has no CUDA part" if x.device.type == "cuda" else ""
         raise ValueError(f"{op}: {name} is on device {x.device}, expected cpu{cuda}")
     if x.is_neg():
