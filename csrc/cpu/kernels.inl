@@ -6,6 +6,13 @@
 #include <fenv.h>
 #include <string.h>
 
+// Of a kernel: everything it calls is inlined, which GCC's own limits would stop in the midst of an inner loop.
+#if defined(__GNUC__)
+#define SIGNVOTE_FLATTEN __attribute__((flatten))
+#else
+#define SIGNVOTE_FLATTEN
+#endif
+
 namespace signvote {
 namespace {
 
@@ -124,7 +131,8 @@ struct Tail {
 };
 
 template <DType kDType>
-PackCounts pack_signs(const void* data, size_t numel, Undecided zeros, uint64_t coins, uint32_t* words) {
+SIGNVOTE_FLATTEN PackCounts pack_signs(const void* data, size_t numel, Undecided zeros, uint64_t coins,
+                                       uint32_t* words) {
   using U = BitsOf<kDType>;
   const U* x = static_cast<const U*>(data);
   PackCounts counts{0, 0};
@@ -140,7 +148,7 @@ PackCounts pack_signs(const void* data, size_t numel, Undecided zeros, uint64_t 
 }
 
 template <DType kDType>
-bool has_nonfinite(const void* data, size_t numel) {
+SIGNVOTE_FLATTEN bool has_nonfinite(const void* data, size_t numel) {
   using U = BitsOf<kDType>;
   const U* x = static_cast<const U*>(data);
   for (; numel >= kBlock; numel -= kBlock, x += kBlock) {
@@ -220,8 +228,9 @@ struct MomentumRule {
 };
 
 template <DType kDType>
-PackCounts pack_momentum(const void* gradient_data, void* momentum_data, size_t numel,
-                         const MomentumCoefficients& coefficients, Undecided zeros, uint64_t coins, uint32_t* words) {
+SIGNVOTE_FLATTEN PackCounts pack_momentum(const void* gradient_data, void* momentum_data, size_t numel,
+                                          const MomentumCoefficients& coefficients, Undecided zeros, uint64_t coins,
+                                          uint32_t* words) {
   using U = BitsOf<kDType>;
   using V = typename MomentumRule<kDType>::V;
   // This is arithmetic, and the caller's thread may flush subnormal numbers or round otherwise.
@@ -253,7 +262,7 @@ PackCounts pack_momentum(const void* gradient_data, void* momentum_data, size_t 
 // unpack_signs
 
 template <DType kDType>
-void unpack_signs(const uint32_t* words, size_t numel, uint64_t positive_bits, void* data) {
+SIGNVOTE_FLATTEN void unpack_signs(const uint32_t* words, size_t numel, uint64_t positive_bits, void* data) {
   using U = BitsOf<kDType>;
   const U positive = static_cast<U>(positive_bits), negative = static_cast<U>(positive ^ kSignBit<U>);
   U* out = static_cast<U*>(data);
@@ -274,8 +283,8 @@ void unpack_signs(const uint32_t* words, size_t numel, uint64_t positive_bits, v
 // to it. A count starts at 2^k - 1 - num_rows / 2 instead of 0, with the smallest k that makes this no less than 0:
 // then a majority is bit k of the count, and a tie is a count whose bits 0 to k - 1 are all 1.
 
-inline Words mix_lanes(Words x) {
-  x = x + broadcast<uint64_t>(0x9E3779B97F4A7C15);
+// mix() without its first sum.
+inline Words mix_after_sum(Words x) {
   x = (x ^ shift_right<30>(x)) * broadcast<uint64_t>(0xBF58476D1CE4E5B9);
   x = (x ^ shift_right<27>(x)) * broadcast<uint64_t>(0x94D049BB133111EB);
   return x ^ shift_right<31>(x);
@@ -344,7 +353,7 @@ inline Words add_rows(Words* planes, const LoadRow& load_row, size_t first) {
 }
 
 constexpr size_t kWords = 2 * Words::kCount;  // 32-bit words to a register
-constexpr size_t kTile = 32;                  // registers to a tile, a multiple of 16
+constexpr size_t kTile = 32;                  // registers to a tile
 constexpr int kMaxPlanes = 16;                // as many as 65535 rows need
 
 // Writes decisions and counts ties.
@@ -353,43 +362,70 @@ class VoteWriter {
   VoteWriter(size_t num_rows, Undecided ties, uint64_t coins, uint32_t* out)
       : out_(out), can_tie_(num_rows % 2 == 0), ties_(ties), coins_(coins) {}
 
-  // The first `count` words of a register at `word`, of which only the bits in `valid` are coordinates.
-  void write(size_t word, Decision decision) { store_words(out_ + word, settle(word, decision)); }
-  void write(size_t word, Decision decision, size_t count, Words valid) {
-    store_words(out_ + word, settle(word, {decision.majority & valid, decision.tie & valid}), count);
+  // Registers decide(0) to decide(num - 1), which begin at `word`.
+  template <class Decide>
+  void write(size_t word, size_t num, const Decide& decide) {
+    if (!can_tie_) {
+      for (size_t t = 0; t < num; ++t) store_words(out_ + word + t * kWords, decide(t).majority);
+    } else if (ties_ == kCoin) {
+      Words sum = coin_sum(word);
+      const Words step = broadcast<uint64_t>(Words::kCount);
+      write_ties(word, num, decide, [&] {
+        const Words coins = mix_after_sum(sum);
+        sum = sum + step;
+        return coins;
+      });
+    } else {
+      const Words bits = broadcast<uint64_t>(undecided_bits(ties_, 0));
+      write_ties(word, num, decide, [&] { return bits; });
+    }
   }
 
-  uint64_t tied() {
-    while (num_tied_ != 0) remember(broadcast<uint64_t>(0));
-    return 16 * sixteens_ + 8 * popcount(planes_[3]) + 4 * popcount(planes_[2]) + 2 * popcount(planes_[1]) +
-           popcount(planes_[0]);
+  // The first `count` words of a register, of which only the bits in `valid` are coordinates.
+  void write_part(size_t word, size_t count, Words valid, const Decision& decision) {
+    const Words tie = decision.tie & valid;
+    Words bits = decision.majority & valid;
+    if (can_tie_) {
+      const Words undecided =
+          ties_ == kCoin ? mix_after_sum(coin_sum(word)) : broadcast<uint64_t>(undecided_bits(ties_, 0));
+      bits = choose(tie, undecided, bits);
+      ones_ += popcount(tie);
+    }
+    store_words(out_ + word, bits, count);
   }
+
+  uint64_t num_tied() const { return 4 * fours_ + 2 * popcount(planes_[1]) + popcount(planes_[0]) + ones_; }
 
  private:
-  Words settle(size_t word, const Decision& decision) {
-    if (!can_tie_) return decision.majority;
-    remember(decision.tie);
-    if (ties_ == kNegative) return decision.majority;
-    if (ties_ == kPositive) return decision.majority | decision.tie;
-    return choose(decision.tie, mix_lanes(broadcast<uint64_t>(coins_ + word / 2) + lane_index()), decision.majority);
+  Words coin_sum(size_t word) const {
+    return broadcast<uint64_t>(coins_ + word / 2 + 0x9E3779B97F4A7C15u) + lane_index();
   }
 
-  void remember(Words tie) {
-    last_[num_tied_++] = tie;
-    if (num_tied_ == 16) {
-      sixteens_ += popcount(add_rows<4>(planes_, [this](size_t i) { return last_[i]; }, 0));
-      num_tied_ = 0;
-    }
+  // undecided() is what the ties of the next register become. Ties are added up like rows, and stay in registers.
+  template <class Decide, class NextUndecided>
+  void write_ties(size_t word, size_t num, const Decide& decide, const NextUndecided& next_undecided) {
+    uint32_t* const out = out_ + word;
+    const auto write_one = [&](size_t t) {
+      const Decision decision = decide(t);
+      store_words(out + t * kWords, choose(decision.tie, next_undecided(), decision.majority));
+      return decision.tie;
+    };
+    Words planes[2] = {planes_[0], planes_[1]};
+    uint64_t fours = 0;
+    size_t t = 0;
+    for (; num - t >= 4; t += 4) fours += popcount(add_rows<2>(planes, write_one, t));
+    for (; t < num; ++t) ones_ += popcount(write_one(t));
+    fours_ += fours;
+    planes_[0] = planes[0];
+    planes_[1] = planes[1];
   }
 
   uint32_t* out_;
   bool can_tie_;
   Undecided ties_;
   uint64_t coins_;
-  Words last_[16];
-  size_t num_tied_ = 0;
-  Words planes_[4] = {broadcast<uint64_t>(0), broadcast<uint64_t>(0), broadcast<uint64_t>(0), broadcast<uint64_t>(0)};
-  uint64_t sixteens_ = 0;
+  Words planes_[2] = {broadcast<uint64_t>(0), broadcast<uint64_t>(0)};
+  uint64_t fours_ = 0, ones_ = 0;
 };
 
 // The bits of a register that the last `numel` coordinates fill.
@@ -403,33 +439,44 @@ inline Words valid_bits(size_t numel) {
 
 // As many rows as fit in registers.
 template <int kRows>
-uint64_t vote_few(const uint32_t* const* rows, size_t numel, Undecided ties, uint64_t coins, uint32_t* out) {
+SIGNVOTE_FLATTEN uint64_t vote_few(const uint32_t* const* rows, size_t numel, Undecided ties, uint64_t coins,
+                                   uint32_t* out) {
   constexpr int kLevels = count_bits_below_majority(kRows);
+  constexpr size_t kFirst = first_count(kRows);
   VoteWriter writer(kRows, ties, coins, out);
-  size_t word = 0;
-  Words bits[kRows];
-  for (; numel >= 32 * kWords; numel -= 32 * kWords, word += kWords) {
+  const uint32_t* row[kRows];
+  for (int i = 0; i < kRows; ++i) row[i] = rows[i];
+  const size_t num = numel / (32 * kWords);
+  writer.write(0, num, [&](size_t t) {
+    Words bits[kRows];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) bits[i] = load_words(rows[i] + word);
-    writer.write(word, decide<kLevels, first_count(kRows)>(bits));
-  }
+    for (int i = 0; i < kRows; ++i) bits[i] = load_words(row[i] + t * kWords);
+    return decide<kLevels, kFirst>(bits);
+  });
+  const size_t word = num * kWords;
+  numel -= 32 * word;
   if (numel > 0) {
     const size_t count = (numel + 31) / 32;
-    for (int i = 0; i < kRows; ++i) bits[i] = load_words(rows[i] + word, count);
-    writer.write(word, decide<kLevels, first_count(kRows)>(bits), count, valid_bits(numel));
+    Words bits[kRows];
+    for (int i = 0; i < kRows; ++i) bits[i] = load_words(row[i] + word, count);
+    writer.write_part(word, count, valid_bits(numel), decide<kLevels, kFirst>(bits));
   }
-  return writer.tied();
+  return writer.num_tied();
 }
 
 using Planes = Words[kMaxPlanes][kTile];
 
-// Adds 2^kLevel rows to the planes of `num` registers.
+// Adds num_rows <= 2^kLevel rows to the planes of `num` registers. load(row, t) is register t of a row.
 template <int kLevel, class Load>
-inline void add_to_planes(Planes& planes, int num_planes, size_t num, const uint32_t* const* rows, const Load& load) {
+inline void add_to_planes(Planes& planes, int num_planes, size_t num, const uint32_t* const* rows, size_t num_rows,
+                          const Load& load) {
+  static const uint32_t kNoRow[kTile * kWords] = {};
+  const uint32_t* row[1 << kLevel];
+  for (size_t i = 0; i < size_t{1} << kLevel; ++i) row[i] = i < num_rows ? load.begin(rows[i]) : kNoRow;
   for (size_t t = 0; t < num; ++t) {
     Words low[kLevel + 1];
     for (int j = 0; j < kLevel; ++j) low[j] = planes[j][t];
-    Words carry = add_rows<kLevel>(low, [&](size_t i) { return load(rows[i], t); }, 0);
+    Words carry = add_rows<kLevel>(low, [&](size_t i) { return load(row[i], t); }, 0);
     for (int j = 0; j < kLevel; ++j) planes[j][t] = low[j];
     for (int j = kLevel; j < num_planes; ++j) {
       const Words plane = planes[j][t];
@@ -447,12 +494,29 @@ inline void count_tile(Planes& planes, int num_planes, size_t num, const uint32_
     const Words bits = broadcast<uint64_t>((first >> j & 1) != 0 ? ~uint64_t{0} : 0);
     for (size_t t = 0; t < num; ++t) planes[j][t] = bits;
   }
-  for (; num_rows >= 16; num_rows -= 16, rows += 16) add_to_planes<4>(planes, num_planes, num, rows, load);
-  if (num_rows & 8) add_to_planes<3>(planes, num_planes, num, rows, load), rows += 8;
-  if (num_rows & 4) add_to_planes<2>(planes, num_planes, num, rows, load), rows += 4;
-  if (num_rows & 2) add_to_planes<1>(planes, num_planes, num, rows, load), rows += 2;
-  if (num_rows & 1) add_to_planes<0>(planes, num_planes, num, rows, load);
+  for (; num_rows > 8; rows += 16) {
+    const size_t taken = num_rows < 16 ? num_rows : 16;
+    add_to_planes<4>(planes, num_planes, num, rows, taken, load);
+    num_rows -= taken;
+  }
+  if (num_rows > 2) {
+    add_to_planes<3>(planes, num_planes, num, rows, num_rows, load);
+  } else if (num_rows > 0) {
+    add_to_planes<1>(planes, num_planes, num, rows, num_rows, load);
+  }
 }
+
+// Registers of rows from a word on, in full, or the `count` words that are left.
+struct LoadFull {
+  size_t word;
+  const uint32_t* begin(const uint32_t* row) const { return row + word; }
+  Words operator()(const uint32_t* row, size_t t) const { return load_words(row + t * kWords); }
+};
+struct LoadPart {
+  size_t word, count;
+  const uint32_t* begin(const uint32_t* row) const { return row + word; }
+  Words operator()(const uint32_t* row, size_t) const { return load_words(row, count); }
+};
 
 inline Decision read_planes(const Planes& planes, int num_planes, size_t t) {
   Words tie = planes[0][t];
@@ -460,34 +524,33 @@ inline Decision read_planes(const Planes& planes, int num_planes, size_t t) {
   return {planes[num_planes - 1][t], tie};
 }
 
-uint64_t vote_many(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties, uint64_t coins,
-                   uint32_t* out) {
+SIGNVOTE_FLATTEN uint64_t vote_many(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties,
+                                    uint64_t coins, uint32_t* out) {
   const int num_planes = count_bits_below_majority(num_rows) + 1;
   VoteWriter writer(num_rows, ties, coins, out);
   Planes planes;
   size_t word = 0;
   while (numel >= 32 * kWords) {
     const size_t left = numel / (32 * kWords), num = left < kTile ? left : kTile;
-    count_tile(planes, num_planes, num, rows, num_rows,
-               [=](const uint32_t* row, size_t t) { return load_words(row + word + t * kWords); });
-    for (size_t t = 0; t < num; ++t) writer.write(word + t * kWords, read_planes(planes, num_planes, t));
+    count_tile(planes, num_planes, num, rows, num_rows, LoadFull{word});
+    writer.write(word, num, [&](size_t t) { return read_planes(planes, num_planes, t); });
     numel -= 32 * kWords * num;
     word += kWords * num;
   }
   if (numel > 0) {
     const size_t count = (numel + 31) / 32;
-    count_tile(planes, num_planes, 1, rows, num_rows,
-               [=](const uint32_t* row, size_t) { return load_words(row + word, count); });
-    writer.write(word, read_planes(planes, num_planes, 0), count, valid_bits(numel));
+    count_tile(planes, num_planes, 1, rows, num_rows, LoadPart{word, count});
+    writer.write_part(word, count, valid_bits(numel), read_planes(planes, num_planes, 0));
   }
-  return writer.tied();
+  return writer.num_tied();
 }
 
 uint64_t majority_vote(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties, uint64_t coins,
                        uint32_t* out) {
   using VoteFew = uint64_t (*)(const uint32_t* const*, size_t, Undecided, uint64_t, uint32_t*);
-  static constexpr VoteFew kVoteFew[] = {vote_few<1>, vote_few<2>, vote_few<3>, vote_few<4>, vote_few<5>,
-                                         vote_few<6>, vote_few<7>, vote_few<8>, vote_few<9>};
+  static constexpr VoteFew kVoteFew[] = {
+      vote_few<1>, vote_few<2>,  vote_few<3>,  vote_few<4>,  vote_few<5>,  vote_few<6>,  vote_few<7>,  vote_few<8>,
+      vote_few<9>, vote_few<10>, vote_few<11>, vote_few<12>, vote_few<13>, vote_few<14>, vote_few<15>, vote_few<16>};
   constexpr size_t kFew = sizeof kVoteFew / sizeof *kVoteFew;
   if (num_rows <= kFew) return kVoteFew[num_rows - 1](rows, numel, ties, coins, out);
   return vote_many(rows, num_rows, numel, ties, coins, out);

@@ -169,7 +169,12 @@ inline Reals<float> load_bfloat16(const uint16_t* x) {
 
 using Words = Lanes<uint64_t>;
 
-inline Words load_words(const uint32_t* from) { return {_mm512_loadu_si512(from)}; }
+inline Words load_words(const uint32_t* from) {
+  __m512i value = _mm512_loadu_si512(from);
+  // A row is used twice, for sum and carry, and GCC would load it twice: loads are what a vote is short of.
+  asm("" : "+v"(value));
+  return {value};
+}
 inline Words load_words(const uint32_t* from, size_t count) {
   return {_mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), from)};
 }
