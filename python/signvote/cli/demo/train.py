@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
 import threading
 import time
@@ -46,19 +45,13 @@ class Result:
 def work(settings: Settings) -> list[Result]:
     """The whole life of one worker process."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once, also while it waits for another
-    torch.set_num_threads(max(1, usable_cpus() // settings.workers))
+    torch.set_num_threads(1)  # the model is too small for more
     dist.init_process_group("gloo", timeout=timedelta(minutes=2))
     try:
         corpus = data.load_corpus()
         return [train(method, settings, corpus) for method in settings.methods]
     finally:
         dist.destroy_process_group()
-
-
-def usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def train(method: str, settings: Settings, corpus: data.Corpus) -> Result:
