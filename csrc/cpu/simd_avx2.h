@@ -93,29 +93,32 @@ inline Lanes<U> where(Mask<U> mask, Lanes<U> a) {
   return {_mm256_and_si256(mask.value, a.value)};
 }
 
+// Masks of 32 lanes, beginning with register i, to a byte each. Packing works within halves of a register, so that the
+// lanes have to be put back in order.
+template <class Test>
+inline __m256i bytes_of_32(const Test& test, size_t i, uint16_t) {
+  return _mm256_permute4x64_epi64(_mm256_packs_epi16(test(i), test(i + 1)), _MM_SHUFFLE(3, 1, 2, 0));
+}
+template <class Test>
+inline __m256i bytes_of_32(const Test& test, size_t i, uint32_t) {
+  const __m256i low = _mm256_packs_epi32(test(i), test(i + 1)), high = _mm256_packs_epi32(test(i + 2), test(i + 3));
+  return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+template <class Test>
+inline __m256i bytes_of_32(const Test& test, size_t i, uint64_t) {
+  const auto eight = [&](size_t j) { return _mm256_packs_epi32(test(i + j), test(i + j + 1)); };
+  const __m256i low = _mm256_packs_epi32(eight(0), eight(2)), high = _mm256_packs_epi32(eight(4), eight(6));
+  const __m256i quarters = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), _MM_SHUFFLE(3, 1, 2, 0));
+  const __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+  return _mm256_shuffle_epi8(quarters, _mm256_broadcastsi128_si256(order));
+}
+
 template <class U, class Predicate>
 inline uint64_t mask_of_64(const U* x, Predicate predicate) {
   const auto test = [&](size_t i) { return predicate(load(x + i * Lanes<U>::kCount)).value; };
-  uint64_t bits = 0;
-  if constexpr (sizeof(U) == 2) {
-    // Packing works within halves of a register: put the four quarters back in order.
-    for (size_t i = 0; i < 2; ++i) {
-      const __m256i bytes = _mm256_packs_epi16(test(2 * i), test(2 * i + 1));
-      const int mask = _mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, _MM_SHUFFLE(3, 1, 2, 0)));
-      bits |= static_cast<uint64_t>(static_cast<uint32_t>(mask)) << (32 * i);
-    }
-  } else if constexpr (sizeof(U) == 4) {
-    for (size_t i = 0; i < 8; ++i) {
-      const int mask = _mm256_movemask_ps(_mm256_castsi256_ps(test(i)));
-      bits |= static_cast<uint64_t>(static_cast<uint32_t>(mask)) << (8 * i);
-    }
-  } else {
-    for (size_t i = 0; i < 16; ++i) {
-      const int mask = _mm256_movemask_pd(_mm256_castsi256_pd(test(i)));
-      bits |= static_cast<uint64_t>(static_cast<uint32_t>(mask)) << (4 * i);
-    }
-  }
-  return bits;
+  const auto low = static_cast<uint32_t>(_mm256_movemask_epi8(bytes_of_32(test, 0, U{})));
+  const auto high = static_cast<uint32_t>(_mm256_movemask_epi8(bytes_of_32(test, 32 / Lanes<U>::kCount, U{})));
+  return low | static_cast<uint64_t>(high) << 32;
 }
 
 template <class U>
