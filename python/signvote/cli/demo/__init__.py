@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
         "--momentum",
         type=float,
         nargs="+",
-        default=[0.6],
+        default=[0.7],
         metavar="BETA",
         help="each worker's momentum: one number, or two (send, keep) as in Lion; 0 is signSGD",
     )

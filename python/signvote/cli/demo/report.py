@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import signvote
-from signvote.cli.demo.settings import Settings
+from signvote.cli.demo.settings import CONTEXT, SEQUENCES, WARMUP, Settings
 from signvote.cli.demo.train import Result
 from signvote.ops import default_implementation
 
@@ -68,6 +68,7 @@ def write_json(path: Path, settings: Settings, results: Sequence[Result]) -> Non
     }
     report = {
         "options": asdict(settings),
+        "recipe": {"sequences": SEQUENCES, "context": CONTEXT, "warmup": WARMUP},
         "versions": versions,
         "implementation": default_implementation(),
         "results": [

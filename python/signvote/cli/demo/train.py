@@ -31,6 +31,7 @@ class Result:
     """What training by one method gave. Bytes are one worker's: the one that sends most."""
 
     method: str
+    optimizer: dict[str, Any]
     held_out_loss: float
     coordinates: int
     bytes_sent_per_step: float
@@ -62,9 +63,9 @@ def train(method: str, settings: Settings, corpus: data.Corpus) -> Result:
     optimizer: torch.optim.Optimizer
     if method == "vote":
         state = attach(ddp, momentum=settings.momentum, topology=settings.topology, seed=settings.seed)
-        optimizer = SignSGD(ddp.parameters(), lr=settings.lr)
+        optimizer = SignSGD(ddp.parameters(), lr=settings.lr, weight_decay=0.5)
     elif method == "adamw":
-        optimizer = torch.optim.AdamW(ddp.parameters(), lr=2.5e-3, betas=(0.8, 0.9), weight_decay=0.1)
+        optimizer = torch.optim.AdamW(ddp.parameters(), lr=4e-3, betas=(0.8, 0.95), weight_decay=0.1)
     else:
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.15, momentum=0.9, nesterov=True)
     scheduler = LambdaLR(optimizer, settings.schedule)
@@ -92,6 +93,7 @@ def train(method: str, settings: Settings, corpus: data.Corpus) -> Result:
     stats = state.stats() if state else None
     return Result(
         method=method,
+        optimizer={"name": type(optimizer).__name__, **optimizer.defaults},
         held_out_loss=measure(ddp.module, held_out),
         coordinates=coordinates,
         bytes_sent_per_step=largest(stats.bytes_sent) / settings.steps if stats else fp32_bytes,
