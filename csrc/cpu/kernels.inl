@@ -6,8 +6,9 @@
 #include <fenv.h>
 #include <string.h>
 
-// Of a kernel: everything it calls is inlined, which GCC's own limits would stop in the midst of an inner loop.
-#if defined(__GNUC__)
+// Of a kernel: everything it calls is inlined, which GCC's own limits would stop in the midst of an inner loop. Not under
+// the address sanitizer, whose code makes that take a minute to compile.
+#if defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
 #define SIGNVOTE_FLATTEN __attribute__((flatten))
 #else
 #define SIGNVOTE_FLATTEN
@@ -354,7 +355,7 @@ inline Words add_rows(Words* planes, const LoadRow& load_row, size_t first) {
 
 constexpr size_t kWords = 2 * Words::kCount;  // 32-bit words to a register
 constexpr size_t kTile = 32;                  // registers to a tile
-constexpr int kMaxPlanes = 16;                // as many as 65535 rows need
+constexpr int kMaxPlanes = 17;                // as many as 65535 rows need, and one that stays empty
 
 // Writes decisions and counts ties.
 class VoteWriter {
@@ -464,45 +465,59 @@ SIGNVOTE_FLATTEN uint64_t vote_few(const uint32_t* const* rows, size_t numel, Un
   return writer.num_tied();
 }
 
-using Planes = Words[kMaxPlanes][kTile];
+// The counters of a tile. Rows come in groups of eight, and what a group carries to bit 3 waits until a second carry
+// comes, so that both go through one adder; so do the carries of that adder at bit 4, and so on. A bit of the number of
+// groups says whether a carry is waiting.
+struct Counters {
+  Words planes[kMaxPlanes][kTile], waiting[kMaxPlanes][kTile];
+};
 
-// Adds num_rows <= 2^kLevel rows to the planes of `num` registers. load(row, t) is register t of a row.
-template <int kLevel, class Load>
-inline void add_to_planes(Planes& planes, int num_planes, size_t num, const uint32_t* const* rows, size_t num_rows,
-                          const Load& load) {
+// Adds num_rows <= 8 rows, the group-th group. load(row, t) is register t of a row.
+template <class Load>
+inline void add_group(Counters& counters, size_t num, const uint32_t* const* rows, size_t num_rows, size_t group,
+                      const Load& load) {
   static const uint32_t kNoRow[kTile * kWords] = {};
-  const uint32_t* row[1 << kLevel];
-  for (size_t i = 0; i < size_t{1} << kLevel; ++i) row[i] = i < num_rows ? load.begin(rows[i]) : kNoRow;
+  const uint32_t* row[8];
+  for (size_t i = 0; i < 8; ++i) row[i] = i < num_rows ? load.begin(rows[i]) : kNoRow;
+  int end = 3;
+  for (; (group & 1) != 0; group >>= 1) ++end;
   for (size_t t = 0; t < num; ++t) {
-    Words low[kLevel + 1];
-    for (int j = 0; j < kLevel; ++j) low[j] = planes[j][t];
-    Words carry = add_rows<kLevel>(low, [&](size_t i) { return load(row[i], t); }, 0);
-    for (int j = 0; j < kLevel; ++j) planes[j][t] = low[j];
-    for (int j = kLevel; j < num_planes; ++j) {
-      const Words plane = planes[j][t];
-      planes[j][t] = plane ^ carry;
-      carry = plane & carry;
+    Words low[3] = {counters.planes[0][t], counters.planes[1][t], counters.planes[2][t]};
+    Words carry = add_rows<3>(low, [&](size_t i) { return load(row[i], t); }, 0);
+    for (int j = 0; j < 3; ++j) counters.planes[j][t] = low[j];
+    for (int j = 3; j < end; ++j) {
+      const Words plane = counters.planes[j][t], other = counters.waiting[j][t];
+      counters.planes[j][t] = xor3(plane, other, carry);
+      carry = majority3(plane, other, carry);
     }
+    counters.waiting[end][t] = carry;
   }
 }
 
 template <class Load>
-inline void count_tile(Planes& planes, int num_planes, size_t num, const uint32_t* const* rows, size_t num_rows,
+inline void count_tile(Counters& counters, int num_planes, size_t num, const uint32_t* const* rows, size_t num_rows,
                        const Load& load) {
   const size_t first = first_count(num_rows);
   for (int j = 0; j < num_planes; ++j) {
     const Words bits = broadcast<uint64_t>((first >> j & 1) != 0 ? ~uint64_t{0} : 0);
-    for (size_t t = 0; t < num; ++t) planes[j][t] = bits;
+    for (size_t t = 0; t < num; ++t) counters.planes[j][t] = bits;
   }
-  for (; num_rows > 8; rows += 16) {
-    const size_t taken = num_rows < 16 ? num_rows : 16;
-    add_to_planes<4>(planes, num_planes, num, rows, taken, load);
+  size_t num_groups = 0;
+  for (; num_rows > 0; ++num_groups, rows += 8) {
+    const size_t taken = num_rows < 8 ? num_rows : 8;
+    add_group(counters, num, rows, taken, num_groups, load);
     num_rows -= taken;
   }
-  if (num_rows > 2) {
-    add_to_planes<3>(planes, num_planes, num, rows, num_rows, load);
-  } else if (num_rows > 0) {
-    add_to_planes<1>(planes, num_planes, num, rows, num_rows, load);
+  for (int waiting = 3; (num_groups >> (waiting - 3)) != 0; ++waiting) {
+    if ((num_groups >> (waiting - 3) & 1) == 0) continue;
+    for (size_t t = 0; t < num; ++t) {
+      Words carry = counters.waiting[waiting][t];
+      for (int j = waiting; j < num_planes; ++j) {
+        const Words plane = counters.planes[j][t];
+        counters.planes[j][t] = plane ^ carry;
+        carry = plane & carry;
+      }
+    }
   }
 }
 
@@ -518,29 +533,29 @@ struct LoadPart {
   Words operator()(const uint32_t* row, size_t) const { return load_words(row, count); }
 };
 
-inline Decision read_planes(const Planes& planes, int num_planes, size_t t) {
-  Words tie = planes[0][t];
-  for (int j = 1; j < num_planes - 1; ++j) tie = tie & planes[j][t];
-  return {planes[num_planes - 1][t], tie};
+inline Decision read_counters(const Counters& counters, int num_planes, size_t t) {
+  Words tie = counters.planes[0][t];
+  for (int j = 1; j < num_planes - 1; ++j) tie = tie & counters.planes[j][t];
+  return {counters.planes[num_planes - 1][t], tie};
 }
 
 SIGNVOTE_FLATTEN uint64_t vote_many(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties,
                                     uint64_t coins, uint32_t* out) {
   const int num_planes = count_bits_below_majority(num_rows) + 1;
   VoteWriter writer(num_rows, ties, coins, out);
-  Planes planes;
+  Counters counters;
   size_t word = 0;
   while (numel >= 32 * kWords) {
     const size_t left = numel / (32 * kWords), num = left < kTile ? left : kTile;
-    count_tile(planes, num_planes, num, rows, num_rows, LoadFull{word});
-    writer.write(word, num, [&](size_t t) { return read_planes(planes, num_planes, t); });
+    count_tile(counters, num_planes, num, rows, num_rows, LoadFull{word});
+    writer.write(word, num, [&](size_t t) { return read_counters(counters, num_planes, t); });
     numel -= 32 * kWords * num;
     word += kWords * num;
   }
   if (numel > 0) {
     const size_t count = (numel + 31) / 32;
-    count_tile(planes, num_planes, 1, rows, num_rows, LoadPart{word, count});
-    writer.write_part(word, count, valid_bits(numel), read_planes(planes, num_planes, 0));
+    count_tile(counters, num_planes, 1, rows, num_rows, LoadPart{word, count});
+    writer.write_part(word, count, valid_bits(numel), read_counters(counters, num_planes, 0));
   }
   return writer.num_tied();
 }
