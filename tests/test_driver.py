@@ -36,6 +36,9 @@ ISA_FLAGS = {
 }
 
 
+pytestmark = pytest.mark.timeout(600)  # compilers, on a machine that may be busy
+
+
 class Cases:
     """The file of cases, as tests/cpp/driver.cpp reads it."""
 

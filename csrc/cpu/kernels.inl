@@ -6,8 +6,8 @@
 #include <fenv.h>
 #include <string.h>
 
-// Of a kernel: everything it calls is inlined, which GCC's own limits would stop in the midst of an inner loop. Not under
-// the address sanitizer, whose code makes that take a minute to compile.
+// Of a kernel: everything it calls is inlined, which GCC's own limits would stop in the midst of an inner loop. Not
+// under the address sanitizer, whose code makes that take a minute to compile.
 #if defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
 #define SIGNVOTE_FLATTEN __attribute__((flatten))
 #else
