@@ -60,6 +60,7 @@ def train(method: str, settings: Settings, corpus: data.Corpus) -> Result:
     torch.manual_seed(settings.seed)
     ddp = DistributedDataParallel(model.Transformer(context=CONTEXT))
     state = None
+    # The settings below and the vote's defaults are the best of 27 tried for the vote, 11 for AdamW and 4 for SGD.
     optimizer: torch.optim.Optimizer
     if method == "vote":
         state = attach(ddp, momentum=settings.momentum, topology=settings.topology, seed=settings.seed)
