@@ -55,6 +55,13 @@ def test_json_has_the_options(report: dict[str, Any]) -> None:
     assert {"signvote", "torch", "python"} <= report["versions"].keys()
 
 
+def test_a_run_that_diverged_leaves_a_file_that_loads() -> None:
+    from signvote.cli.demo.report import finite
+
+    report = {"loss": float("nan"), "curve": [1.0, float("inf")], "steps": 3, "name": "vote"}
+    assert finite(report) == {"loss": None, "curve": [1.0, None], "steps": 3, "name": "vote"}
+
+
 def test_replicas_are_identical(report: dict[str, Any]) -> None:
     assert [result["replicas_identical"] for result in report["results"]] == [True, True, True]
 

@@ -24,7 +24,10 @@ def launch(settings: Settings) -> list[train.Result]:
     # What they would log about a worker that failed is raised below, in one line.
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    multiprocessing.set_forkserver_preload([train.__name__])  # torch is imported once and not by every worker
+    start_method = "spawn"
+    if "forkserver" in multiprocessing.get_all_start_methods():  # not on Windows
+        start_method = "forkserver"
+        multiprocessing.set_forkserver_preload([train.__name__])  # torch is imported once and not by every worker
     with tempfile.TemporaryDirectory(prefix="signvote-demo-") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -35,7 +38,7 @@ def launch(settings: Settings) -> list[train.Result]:
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
-            start_method="forkserver",
+            start_method=start_method,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:

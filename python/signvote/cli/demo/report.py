@@ -8,6 +8,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -20,7 +21,6 @@ from signvote.cli.demo.train import Result
 from signvote.ops import default_implementation
 
 LABELS = {"vote": "majority vote", "adamw": "AdamW, fp32", "sgd": "SGD, fp32"}
-
 
 HEADER = (
     ("", "held-out", "loss in", "", "one worker sends", "fp32 all-reduce", "", "replicas"),
@@ -75,7 +75,16 @@ def write_json(path: Path, settings: Settings, results: Sequence[Result]) -> Non
             asdict(result) | {"held_out_bits_per_byte": result.held_out_loss / math.log(2)} for result in results
         ],
     }
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for NaN and infinity, which JSON has not: a run that diverges leaves a file that loads."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_plot(path: Path, results: Sequence[Result]) -> None:
