@@ -360,6 +360,41 @@ def test_seed(seed: Any, error: type[Exception], message: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("num_threads", "error", "message"),
+    [
+        (0, ValueError, "num_threads is 0, expected an integer from 1 to 2**63 - 1"),
+        (-1, ValueError, "num_threads is -1, expected an integer from 1 to 2**63 - 1"),
+        (2**63, ValueError, "num_threads is 9223372036854775808, expected an integer from 1 to 2**63 - 1"),
+        (2.0, TypeError, "num_threads is 2.0, expected an integer"),
+        ("2", TypeError, "num_threads is '2', expected an integer"),
+    ],
+)
+def test_num_threads(num_threads: Any, error: type[Exception], message: str) -> None:
+    n: dict[str, Any] = {"num_threads": num_threads}
+    check(lambda out: signvote.pack_signs(X, out=out, **n), words(), error, f"pack_signs: {message}")
+    check(lambda out: signvote.majority_vote([W], out=out, **n), words(), error, f"majority_vote: {message}")
+    check(lambda out: signvote.unpack_signs(W, 100, out=out, **n), X.clone(), error, f"unpack_signs: {message}")
+    check(lambda _: signvote.has_nonfinite(X, **n), words(), error, f"has_nonfinite: {message}")
+    check(
+        lambda out: ops.pack_momentum(X, X.clone(), coefficients=HALF, out=out, **n),
+        words(),
+        error,
+        f"pack_momentum: {message}",
+    )
+    table = row()
+    check(
+        lambda out: runs.pack_runs(X, None, HALF, table, out, zeros="coin", seed=0, **n),
+        words(),
+        error,
+        f"pack_runs: {message}",
+    )
+    check(
+        lambda out: runs.vote_runs([W], table, out, ties="coin", seed=0, **n), words(), error, f"vote_runs: {message}"
+    )
+    check(lambda out: runs.unpack_runs(W, table, out, **n), X.clone(), error, f"unpack_runs: {message}")
+
+
 @pytest.mark.parametrize("choice", ["zero", "", "Coin", 1, None])
 def test_zeros_and_ties(choice: Any) -> None:
     rest = f" is {choice!r}, expected 'coin', 'positive' or 'negative'"

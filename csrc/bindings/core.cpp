@@ -1,4 +1,4 @@
-// The module signvote._core: check every argument once, release the GIL, call the table.
+// The module signvote._core: check every argument once, release the GIL, call the table through runs.h.
 //
 // Arrays are taken as they are, never converted. bfloat16 has no NumPy dtype and crosses as 16-bit integers, words
 // cross as 32-bit ones. Every error names op, argument, what it is and what was expected, and is raised before
@@ -22,6 +22,8 @@ namespace py = pybind11;
 
 namespace {
 
+using signvote::coins_by_place;
+using signvote::coins_of_array;
 using signvote::DType;
 using signvote::kBFloat16;
 using signvote::Kernels;
@@ -34,6 +36,7 @@ using signvote::PackCounts;
 using signvote::Run;
 using signvote::Runs;
 using signvote::Undecided;
+using signvote::whole_run;
 
 constexpr const char* kDTypeNames[kNumDTypes] = {"float32", "float64", "float16", "bfloat16"};
 constexpr size_t kItemSizes[kNumDTypes] = {4, 8, 2, 2};
@@ -119,6 +122,16 @@ size_t to_numel(const char* op, py::handle object) {
   if (PyErr_Occurred() || value < 0) {
     PyErr_Clear();
     Argument{op, "numel"}.value_error(is_repr(integer), "an integer from 0 to 2**63 - 1");
+  }
+  return static_cast<size_t>(value);
+}
+
+size_t to_num_threads(const char* op, py::handle object) {
+  const py::int_ integer = to_integer(op, "num_threads", object);
+  const long long value = PyLong_AsLongLong(integer.ptr());
+  if (PyErr_Occurred() || value < 1) {
+    PyErr_Clear();
+    Argument{op, "num_threads"}.value_error(is_repr(integer), "an integer from 1 to 2**63 - 1");
   }
   return static_cast<size_t>(value);
 }
@@ -312,31 +325,35 @@ void check_runs_apart(const char* op, const Runs& runs, const std::string& writt
 
 using Counts = std::pair<uint64_t, uint64_t>;  // zeros, nonfinite
 
-Counts pack_signs(const py::array& x, py::handle dtype_name, py::handle zeros_name, py::handle seed,
-                  const py::array& out, py::handle implementation) {
+Counts pack_signs(const py::array& x, py::handle dtype_name, py::handle zeros_name, py::handle seed_object,
+                  const py::array& out, py::handle implementation, py::handle num_threads) {
   const char* op = "pack_signs";
   const Kernels& kernels = to_kernels(op, implementation);
   const DType dtype = to_dtype(op, dtype_name);
   const Undecided zeros = to_undecided(op, "zeros", zeros_name);
-  const uint64_t coins = mix(to_uint64(op, "seed", seed));
+  const uint64_t seed = to_uint64(op, "seed", seed_object);
+  const size_t max_threads = to_num_threads(op, num_threads);
   const Span source = to_coordinates({op, "x"}, x, dtype, Access::kRead);
   const Argument out_argument{op, "out"};
   const Span words = to_words(out_argument, out, Access::kWrite);
   check_size(out_argument, words, "words", num_words(source.size));
   check_apart(out_argument, words, "x", source);
+  const Run whole = whole_run(source.size);
   py::gil_scoped_release release;
-  const PackCounts counts = kernels.pack_signs[dtype](source.data, source.size, zeros, coins, words.mutable_words());
+  const PackCounts counts = signvote::pack_runs(kernels, dtype, source.data, source.itemsize, {&whole, 1}, zeros,
+                                                coins_of_array, seed, words.mutable_words(), max_threads);
   return {counts.zeros, counts.nonfinite};
 }
 
 Counts pack_momentum(const py::array& x, py::handle dtype_name, const py::array& momentum_array,
-                     const std::array<double, 4>& coefficients_array, py::handle zeros_name, py::handle seed,
-                     const py::array& out, py::handle implementation) {
+                     const std::array<double, 4>& coefficients_array, py::handle zeros_name, py::handle seed_object,
+                     const py::array& out, py::handle implementation, py::handle num_threads) {
   const char* op = "pack_momentum";
   const Kernels& kernels = to_kernels(op, implementation);
   const DType dtype = to_dtype(op, dtype_name);
   const Undecided zeros = to_undecided(op, "zeros", zeros_name);
-  const uint64_t coins = mix(to_uint64(op, "seed", seed));
+  const uint64_t seed = to_uint64(op, "seed", seed_object);
+  const size_t max_threads = to_num_threads(op, num_threads);
   const Span source = to_coordinates({op, "x"}, x, dtype, Access::kRead);
   const Span momentum = to_momentum(op, momentum_array, dtype, source.size);
   const MomentumCoefficients coefficients = to_coefficients(op, dtype, coefficients_array);
@@ -346,27 +363,32 @@ Counts pack_momentum(const py::array& x, py::handle dtype_name, const py::array&
   check_apart({op, "momentum"}, momentum, "x", source);
   check_apart(out_argument, words, "x", source);
   check_apart(out_argument, words, "momentum", momentum);
+  const Run whole = whole_run(source.size);
   py::gil_scoped_release release;
-  const PackCounts counts = kernels.pack_momentum[dtype](source.data, momentum.data, source.size, coefficients, zeros,
-                                                         coins, words.mutable_words());
+  const PackCounts counts = signvote::pack_runs_momentum(kernels, dtype, source.data, source.itemsize, momentum.data,
+                                                         momentum.itemsize, coefficients, {&whole, 1}, zeros,
+                                                         coins_of_array, seed, words.mutable_words(), max_threads);
   return {counts.zeros, counts.nonfinite};
 }
 
-bool has_nonfinite(const py::array& x, py::handle dtype_name, py::handle implementation) {
+bool has_nonfinite(const py::array& x, py::handle dtype_name, py::handle implementation, py::handle num_threads) {
   const char* op = "has_nonfinite";
   const Kernels& kernels = to_kernels(op, implementation);
   const DType dtype = to_dtype(op, dtype_name);
+  const size_t max_threads = to_num_threads(op, num_threads);
   const Span source = to_coordinates({op, "x"}, x, dtype, Access::kRead);
+  const Run whole = whole_run(source.size);
   py::gil_scoped_release release;
-  return kernels.has_nonfinite[dtype](source.data, source.size);
+  return signvote::has_nonfinite(kernels, dtype, source.data, source.itemsize, {&whole, 1}, max_threads);
 }
 
-uint64_t majority_vote(const py::object& stack, py::handle numel_object, py::handle ties_name, py::handle seed,
-                       const py::array& out, py::handle implementation) {
+uint64_t majority_vote(const py::object& stack, py::handle numel_object, py::handle ties_name, py::handle seed_object,
+                       const py::array& out, py::handle implementation, py::handle num_threads) {
   const char* op = "majority_vote";
   const Kernels& kernels = to_kernels(op, implementation);
   const Undecided ties = to_undecided(op, "ties", ties_name);
-  const uint64_t coins = mix(to_uint64(op, "seed", seed));
+  const uint64_t seed = to_uint64(op, "seed", seed_object);
+  const size_t max_threads = to_num_threads(op, num_threads);
   const Rows rows = to_rows({op, "stack"}, stack);
   const size_t numel = numel_object.is_none() ? rows.width * 32 : to_numel(op, numel_object);
   if (num_words(numel) != rows.width) {
@@ -377,15 +399,18 @@ uint64_t majority_vote(const py::object& stack, py::handle numel_object, py::han
   const Span words = to_words(out_argument, out, Access::kWrite);
   check_size(out_argument, words, "words", rows.width);
   check_apart(out_argument, words, "stack", rows);
+  const Run whole = whole_run(numel);
   py::gil_scoped_release release;
-  return kernels.majority_vote(rows.pointers.data(), rows.pointers.size(), numel, ties, coins, words.mutable_words());
+  return signvote::vote_runs(kernels, rows.pointers, {&whole, 1}, ties, coins_of_array, seed, words.mutable_words(),
+                             max_threads);
 }
 
 void unpack_signs(const py::array& words_array, py::handle numel_object, py::handle dtype_name, uint64_t positive,
-                  const py::array& out, py::handle implementation) {
+                  const py::array& out, py::handle implementation, py::handle num_threads) {
   const char* op = "unpack_signs";
   const Kernels& kernels = to_kernels(op, implementation);
   const DType dtype = to_dtype(op, dtype_name);
+  const size_t max_threads = to_num_threads(op, num_threads);
   const Argument words_argument{op, "words"};
   const Span words = to_words(words_argument, words_array, Access::kRead);
   const size_t numel = to_numel(op, numel_object);
@@ -394,18 +419,21 @@ void unpack_signs(const py::array& words_array, py::handle numel_object, py::han
   const Span target = to_coordinates(out_argument, out, dtype, Access::kWrite);
   check_size(out_argument, target, "coordinates", numel);
   check_apart(out_argument, target, "words", words);
+  const Run whole = whole_run(numel);
   py::gil_scoped_release release;
-  kernels.unpack_signs[dtype](words.words(), numel, positive, target.data);
+  signvote::unpack_runs(kernels, dtype, words.words(), {&whole, 1}, positive, target.data, target.itemsize,
+                        max_threads);
 }
 
 Counts pack_runs(const py::array& bucket_array, py::handle dtype_name, const std::optional<py::array>& momentum_array,
                  const std::array<double, 4>& coefficients_array, const py::array& runs_array, py::handle zeros_name,
-                 py::handle seed_object, const py::array& out, py::handle implementation) {
+                 py::handle seed_object, const py::array& out, py::handle implementation, py::handle num_threads) {
   const char* op = "pack_runs";
   const Kernels& kernels = to_kernels(op, implementation);
   const DType dtype = to_dtype(op, dtype_name);
   const Undecided zeros = to_undecided(op, "zeros", zeros_name);
   const uint64_t seed = to_uint64(op, "seed", seed_object);
+  const size_t max_threads = to_num_threads(op, num_threads);
   const Span bucket = to_coordinates({op, "bucket"}, bucket_array, dtype, Access::kRead);
   const Argument out_argument{op, "out"};
   const Span words = to_words(out_argument, out, Access::kWrite);
@@ -421,21 +449,23 @@ Counts pack_runs(const py::array& bucket_array, py::handle dtype_name, const std
     check_runs_apart(op, runs, "momentum", momentum);
     py::gil_scoped_release release;
     counts = signvote::pack_runs_momentum(kernels, dtype, bucket.data, bucket.itemsize, momentum.data,
-                                          momentum.itemsize, coefficients, runs, zeros, seed, words.mutable_words());
+                                          momentum.itemsize, coefficients, runs, zeros, coins_by_place, seed,
+                                          words.mutable_words(), max_threads);
   } else {
     py::gil_scoped_release release;
-    counts =
-        signvote::pack_runs(kernels, dtype, bucket.data, bucket.itemsize, runs, zeros, seed, words.mutable_words());
+    counts = signvote::pack_runs(kernels, dtype, bucket.data, bucket.itemsize, runs, zeros, coins_by_place, seed,
+                                 words.mutable_words(), max_threads);
   }
   return {counts.zeros, counts.nonfinite};
 }
 
 uint64_t vote_runs(const py::object& rows_object, const py::array& runs_array, py::handle ties_name,
-                   py::handle seed_object, const py::array& out, py::handle implementation) {
+                   py::handle seed_object, const py::array& out, py::handle implementation, py::handle num_threads) {
   const char* op = "vote_runs";
   const Kernels& kernels = to_kernels(op, implementation);
   const Undecided ties = to_undecided(op, "ties", ties_name);
   const uint64_t seed = to_uint64(op, "seed", seed_object);
+  const size_t max_threads = to_num_threads(op, num_threads);
   const Rows rows = to_rows({op, "rows"}, rows_object);
   const Argument out_argument{op, "out"};
   const Span words = to_words(out_argument, out, Access::kWrite);
@@ -444,14 +474,16 @@ uint64_t vote_runs(const py::object& rows_object, const py::array& runs_array, p
   check_apart(out_argument, words, "rows", rows);
   check_runs_apart(op, runs, "out", words);
   py::gil_scoped_release release;
-  return signvote::vote_runs(kernels, rows.pointers, runs, ties, seed, words.mutable_words());
+  return signvote::vote_runs(kernels, rows.pointers, runs, ties, coins_by_place, seed, words.mutable_words(),
+                             max_threads);
 }
 
 void unpack_runs(const py::array& words_array, const py::array& runs_array, py::handle dtype_name, uint64_t positive,
-                 const py::array& bucket_array, py::handle implementation) {
+                 const py::array& bucket_array, py::handle implementation, py::handle num_threads) {
   const char* op = "unpack_runs";
   const Kernels& kernels = to_kernels(op, implementation);
   const DType dtype = to_dtype(op, dtype_name);
+  const size_t max_threads = to_num_threads(op, num_threads);
   const Span words = to_words({op, "words"}, words_array, Access::kRead);
   const Argument bucket_argument{op, "bucket"};
   const Span bucket = to_coordinates(bucket_argument, bucket_array, dtype, Access::kWrite);
@@ -459,7 +491,7 @@ void unpack_runs(const py::array& words_array, const py::array& runs_array, py::
   check_apart(bucket_argument, bucket, "words", words);
   check_runs_apart(op, runs, "bucket", bucket);
   py::gil_scoped_release release;
-  signvote::unpack_runs(kernels, dtype, words.words(), runs, positive, bucket.data, bucket.itemsize);
+  signvote::unpack_runs(kernels, dtype, words.words(), runs, positive, bucket.data, bucket.itemsize, max_threads);
 }
 
 std::vector<std::string> implementation_names() {
@@ -475,18 +507,20 @@ PYBIND11_MODULE(_core, m) {
   m.def("implementations", &implementation_names);
   m.def("mix", [](py::handle x) { return mix(to_uint64("mix", "x", x)); }, py::arg("x"));
   m.def("pack_signs", &pack_signs, py::arg("x"), py::arg("dtype"), py::arg("zeros"), py::arg("seed"), py::arg("out"),
-        py::arg("implementation"));
+        py::arg("implementation"), py::arg("num_threads") = 1);
   m.def("pack_momentum", &pack_momentum, py::arg("x"), py::arg("dtype"), py::arg("momentum"), py::arg("coefficients"),
-        py::arg("zeros"), py::arg("seed"), py::arg("out"), py::arg("implementation"));
-  m.def("has_nonfinite", &has_nonfinite, py::arg("x"), py::arg("dtype"), py::arg("implementation"));
+        py::arg("zeros"), py::arg("seed"), py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
+  m.def("has_nonfinite", &has_nonfinite, py::arg("x"), py::arg("dtype"), py::arg("implementation"),
+        py::arg("num_threads") = 1);
   m.def("majority_vote", &majority_vote, py::arg("rows"), py::arg("numel"), py::arg("ties"), py::arg("seed"),
-        py::arg("out"), py::arg("implementation"));
+        py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
   m.def("unpack_signs", &unpack_signs, py::arg("words"), py::arg("numel"), py::arg("dtype"), py::arg("positive"),
-        py::arg("out"), py::arg("implementation"));
+        py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
   m.def("pack_runs", &pack_runs, py::arg("bucket"), py::arg("dtype"), py::arg("momentum"), py::arg("coefficients"),
-        py::arg("runs"), py::arg("zeros"), py::arg("seed"), py::arg("out"), py::arg("implementation"));
+        py::arg("runs"), py::arg("zeros"), py::arg("seed"), py::arg("out"), py::arg("implementation"),
+        py::arg("num_threads") = 1);
   m.def("vote_runs", &vote_runs, py::arg("rows"), py::arg("runs"), py::arg("ties"), py::arg("seed"), py::arg("out"),
-        py::arg("implementation"));
+        py::arg("implementation"), py::arg("num_threads") = 1);
   m.def("unpack_runs", &unpack_runs, py::arg("words"), py::arg("runs"), py::arg("dtype"), py::arg("positive"),
-        py::arg("bucket"), py::arg("implementation"));
+        py::arg("bucket"), py::arg("implementation"), py::arg("num_threads") = 1);
 }

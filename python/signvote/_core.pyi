@@ -5,7 +5,13 @@ from numpy.typing import NDArray
 def implementations() -> list[str]: ...
 def mix(x: SupportsIndex) -> int: ...
 def pack_signs(
-    x: NDArray[Any], dtype: str, zeros: str, seed: SupportsIndex, out: NDArray[Any], implementation: str
+    x: NDArray[Any],
+    dtype: str,
+    zeros: str,
+    seed: SupportsIndex,
+    out: NDArray[Any],
+    implementation: str,
+    num_threads: SupportsIndex = 1,
 ) -> tuple[int, int]: ...
 def pack_momentum(
     x: NDArray[Any],
@@ -16,8 +22,9 @@ def pack_momentum(
     seed: SupportsIndex,
     out: NDArray[Any],
     implementation: str,
+    num_threads: SupportsIndex = 1,
 ) -> tuple[int, int]: ...
-def has_nonfinite(x: NDArray[Any], dtype: str, implementation: str) -> bool: ...
+def has_nonfinite(x: NDArray[Any], dtype: str, implementation: str, num_threads: SupportsIndex = 1) -> bool: ...
 def majority_vote(
     rows: NDArray[Any] | list[NDArray[Any]],
     numel: SupportsIndex | None,
@@ -25,9 +32,16 @@ def majority_vote(
     seed: SupportsIndex,
     out: NDArray[Any],
     implementation: str,
+    num_threads: SupportsIndex = 1,
 ) -> int: ...
 def unpack_signs(
-    words: NDArray[Any], numel: SupportsIndex, dtype: str, positive: int, out: NDArray[Any], implementation: str
+    words: NDArray[Any],
+    numel: SupportsIndex,
+    dtype: str,
+    positive: int,
+    out: NDArray[Any],
+    implementation: str,
+    num_threads: SupportsIndex = 1,
 ) -> None: ...
 def pack_runs(
     bucket: NDArray[Any],
@@ -39,6 +53,7 @@ def pack_runs(
     seed: SupportsIndex,
     out: NDArray[Any],
     implementation: str,
+    num_threads: SupportsIndex = 1,
 ) -> tuple[int, int]: ...
 def vote_runs(
     rows: NDArray[Any] | list[NDArray[Any]],
@@ -47,7 +62,14 @@ def vote_runs(
     seed: SupportsIndex,
     out: NDArray[Any],
     implementation: str,
+    num_threads: SupportsIndex = 1,
 ) -> int: ...
 def unpack_runs(
-    words: NDArray[Any], runs: NDArray[Any], dtype: str, positive: int, bucket: NDArray[Any], implementation: str
+    words: NDArray[Any],
+    runs: NDArray[Any],
+    dtype: str,
+    positive: int,
+    bucket: NDArray[Any],
+    implementation: str,
+    num_threads: SupportsIndex = 1,
 ) -> None: ...

@@ -60,6 +60,11 @@ def default_implementation() -> str:
     return name
 
 
+def choices(implementation: str | None, num_threads: SupportsIndex | None) -> tuple[str, SupportsIndex]:
+    """The implementation and the number of threads, or what takes their place where they are None."""
+    return implementation or default_implementation(), torch.get_num_threads() if num_threads is None else num_threads
+
+
 def num_words(numel: SupportsIndex) -> int:
     """How many words hold the signs of ``numel`` coordinates.
 
@@ -79,6 +84,7 @@ def pack_signs(
     seed: SupportsIndex = 0,
     out: Array | None = None,
     implementation: str | None = None,
+    num_threads: SupportsIndex | None = None,
 ) -> Array:
     """Pack the signs of ``x``, one bit per coordinate: what a worker sends in the paper's Algorithm 2.
 
@@ -91,6 +97,8 @@ def pack_signs(
         seed: Of the coins, 0 to 2**64 - 1.
         out: ``num_words(numel)`` words to write to.
         implementation: One of :func:`implementations`.
+        num_threads: How many threads may work on it at most, the caller's included; ``torch.get_num_threads()`` unless
+            given. Small arrays stay on the caller's thread. The result does not depend on it.
 
     Returns:
         ``out``, or a new array of ``num_words(numel)`` words.
@@ -103,7 +111,7 @@ def pack_signs(
     op = "pack_signs"
     source, dtype = input_coordinates(op, "x", x)
     result, words = _words_out(op, x, (source.size + 31) // 32, out)
-    _core.pack_signs(source, dtype, zeros, seed, words, implementation or default_implementation())
+    _core.pack_signs(source, dtype, zeros, seed, words, *choices(implementation, num_threads))
     return result
 
 
@@ -116,6 +124,7 @@ def pack_momentum(
     seed: SupportsIndex = 0,
     out: Array | None = None,
     implementation: str | None = None,
+    num_threads: SupportsIndex | None = None,
 ) -> Array:
     """Update ``momentum`` in place with the gradient ``x`` and pack the signs to send, in one pass.
 
@@ -131,7 +140,7 @@ def pack_momentum(
         x: The gradient, as in :func:`pack_signs`.
         momentum: As many coordinates as ``x``, contiguous; float64 for float64 gradients, otherwise float32.
         coefficients: Four finite numbers.
-        zeros, seed, out, implementation: As in :func:`pack_signs`.
+        zeros, seed, out, implementation, num_threads: As in :func:`pack_signs`.
 
     Returns:
         ``out``, or a new array of ``num_words(numel)`` words.
@@ -151,8 +160,7 @@ def pack_momentum(
         a, b, c, d = map(float, coefficients)
     except (TypeError, ValueError):
         raise ValueError(f"{op}: coefficients is {coefficients!r}, expected four finite numbers") from None
-    implementation = implementation or default_implementation()
-    _core.pack_momentum(source, dtype, kept, (a, b, c, d), zeros, seed, words, implementation)
+    _core.pack_momentum(source, dtype, kept, (a, b, c, d), zeros, seed, words, *choices(implementation, num_threads))
     return result
 
 
@@ -164,6 +172,7 @@ def majority_vote(
     numel: SupportsIndex | None = None,
     out: Array | None = None,
     implementation: str | None = None,
+    num_threads: SupportsIndex | None = None,
 ) -> Array:
     """Per coordinate, the sign that more of M workers sent: the server's part of the paper's Algorithm 3.
 
@@ -177,6 +186,7 @@ def majority_vote(
         numel: How many coordinates the words hold; ``32 * W`` unless given.
         out: W words to write to.
         implementation: One of :func:`implementations`.
+        num_threads: As in :func:`pack_signs`.
 
     Returns:
         ``out``, or a new array of W words.
@@ -203,7 +213,7 @@ def majority_vote(
         rows = input_words(op, "stack", like)
         width = rows.shape[-1] if rows.ndim else 0
     result, words = _words_out(op, like, width, out)
-    _core.majority_vote(rows, numel, ties, seed, words, implementation or default_implementation())
+    _core.majority_vote(rows, numel, ties, seed, words, *choices(implementation, num_threads))
     return result
 
 
@@ -215,6 +225,7 @@ def unpack_signs(
     scale: SupportsFloat = 1.0,
     out: Array | None = None,
     implementation: str | None = None,
+    num_threads: SupportsIndex | None = None,
 ) -> Array:
     """Write ``scale`` where the bit is 1 and ``-scale`` where it is 0.
 
@@ -227,6 +238,7 @@ def unpack_signs(
         scale: A number that is finite in ``dtype``, where it is rounded to the nearest value.
         out: ``numel`` coordinates to write to, of any shape.
         implementation: One of :func:`implementations`.
+        num_threads: As in :func:`pack_signs`.
 
     Returns:
         ``out``, or a new 1-D array of ``numel`` coordinates.
@@ -253,11 +265,11 @@ def unpack_signs(
             raise TypeError(f"{op}: out is {out.dtype}, expected {dtype}")
     target, name = written_coordinates(op, "out", result)
     positive = scale_bits(op, scale, name)
-    _core.unpack_signs(source, numel, name, positive, target, implementation or default_implementation())
+    _core.unpack_signs(source, numel, name, positive, target, *choices(implementation, num_threads))
     return result
 
 
-def has_nonfinite(x: AnyArray, *, implementation: str | None = None) -> bool:
+def has_nonfinite(x: AnyArray, *, implementation: str | None = None, num_threads: SupportsIndex | None = None) -> bool:
     """Whether any coordinate of ``x`` is NaN or ±inf.
 
     Equivalent to: ``not np.isfinite(x).all()``
@@ -265,12 +277,13 @@ def has_nonfinite(x: AnyArray, *, implementation: str | None = None) -> bool:
     Args:
         x: As in :func:`pack_signs`.
         implementation: One of :func:`implementations`.
+        num_threads: As in :func:`pack_signs`.
 
     Raises:
         TypeError, ValueError: As :func:`pack_signs`.
     """
     source, dtype = input_coordinates("has_nonfinite", "x", x)
-    return _core.has_nonfinite(source, dtype, implementation or default_implementation())
+    return _core.has_nonfinite(source, dtype, *choices(implementation, num_threads))
 
 
 def scale_bits(op: str, scale: SupportsFloat, dtype: str) -> int:

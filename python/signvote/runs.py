@@ -13,13 +13,13 @@ place in the model only, and neither a bucket laid out anew nor a run cut at a m
 ``num_words(numel)`` words of each run are read or written. Runs that are written to must not share words or
 coordinates.
 
-Errors are as in :mod:`signvote.ops`.
+Errors, ``implementation`` and ``num_threads`` are as in :mod:`signvote.ops`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from signvote import _core
 from signvote.ops import (
-    default_implementation,
+    choices,
     input_coordinates,
     input_words,
     scale_bits,
@@ -49,6 +49,7 @@ def pack_runs(
     zeros: str,
     seed: int,
     implementation: str | None = None,
+    num_threads: SupportsIndex | None = None,
 ) -> tuple[int, int]:
     """Pack the signs of every run of ``bucket`` into its words of ``out``.
 
@@ -63,8 +64,8 @@ def pack_runs(
     source, dtype = input_coordinates(op, "bucket", bucket)
     kept = None if momentum is None else written_coordinates(op, "momentum", momentum)[0]
     words = written_words(op, "out", out)
-    implementation = implementation or default_implementation()
-    return _core.pack_runs(source, dtype, kept, coefficients, runs, zeros, seed, words, implementation)
+    chosen = choices(implementation, num_threads)
+    return _core.pack_runs(source, dtype, kept, coefficients, runs, zeros, seed, words, *chosen)
 
 
 def vote_runs(
@@ -75,6 +76,7 @@ def vote_runs(
     ties: str,
     seed: int,
     implementation: str | None = None,
+    num_threads: SupportsIndex | None = None,
 ) -> int:
     """Vote on every run over M ``rows`` of S words, into the same words of ``out``.
 
@@ -92,7 +94,7 @@ def vote_runs(
     else:
         stack = [input_words(op, f"rows[{i}]", row) for i, row in enumerate(rows)]
     words = written_words(op, "out", out)
-    return _core.vote_runs(stack, runs, ties, seed, words, implementation or default_implementation())
+    return _core.vote_runs(stack, runs, ties, seed, words, *choices(implementation, num_threads))
 
 
 def unpack_runs(
@@ -102,10 +104,11 @@ def unpack_runs(
     *,
     scale: float = 1.0,
     implementation: str | None = None,
+    num_threads: SupportsIndex | None = None,
 ) -> None:
     """Write ±``scale`` to the coordinates of every run of ``bucket``, after the run's words."""
     op = "unpack_runs"
     source = input_words(op, "words", words)
     target, dtype = written_coordinates(op, "bucket", bucket)
     positive = scale_bits(op, scale, dtype)
-    _core.unpack_runs(source, runs, dtype, positive, target, implementation or default_implementation())
+    _core.unpack_runs(source, runs, dtype, positive, target, *choices(implementation, num_threads))
