@@ -31,10 +31,17 @@ class _Vote:
     step: int
     index: int
     buffer: torch.Tensor
+    num_threads: int  # torch's setting on the thread that computes
+    is_last: bool
 
     @property
     def name(self) -> str:
         return f"signvote: rank {self.channel.rank}, step {self.step}, bucket {self.index}"
+
+    @property
+    def num_threads_of_worker(self) -> int:
+        """Beside the backward pass the worker thread takes no other CPU from it; after the last bucket it is over."""
+        return self.num_threads if self.is_last else 1
 
 
 def majority_vote_hook(
@@ -67,7 +74,7 @@ def majority_vote_hook(
     channel = state.channel()
     plan = state.plan(channel, bucket)
     step = state.begin(bucket.index())
-    vote = _Vote(state, channel, plan, step, bucket.index(), bucket.buffer())
+    vote = _Vote(state, channel, plan, step, bucket.index(), bucket.buffer(), torch.get_num_threads(), bucket.is_last())
     _pack(vote)
 
     future: torch.futures.Future[Any] = torch.futures.Future()
@@ -134,6 +141,7 @@ def _pack(vote: _Vote) -> None:
         zeros=state.options.zeros,
         seed=_derive(state.options.seed, _ZEROS, vote.step, vote.channel.rank),
         implementation=state.implementation,
+        num_threads=vote.num_threads,
     )
     Trailer(
         nonfinite=nonfinite,
@@ -171,6 +179,7 @@ def _decide(vote: _Vote, received: torch.Tensor, voted: torch.Tensor) -> None:
         ties=state.options.ties,
         seed=_derive(state.options.seed, _TIES, vote.step),
         implementation=state.implementation,
+        num_threads=vote.num_threads_of_worker,
     )
     trailer.combine(received.numpy(), ties).write(voted.numpy())
     state.counters.vote_seconds += time.perf_counter() - start
@@ -205,6 +214,7 @@ def _unpack(vote: _Vote, error: Exception | None) -> torch.Tensor:
             vote.buffer,
             scale=state.options.scale,
             implementation=state.implementation,
+            num_threads=vote.num_threads_of_worker,
         )
     counters.unpack_seconds += time.perf_counter() - start
     return vote.buffer
