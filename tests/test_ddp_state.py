@@ -9,8 +9,11 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -207,6 +210,8 @@ def test_stats(ranks: RankPool, topology: str) -> None:
         assert stats["exchange_seconds"] > 0
         assert stats["unpack_seconds"] > 0
         assert (stats["vote_seconds"] > 0) == (topology != "server" or rank == 0)
+        codec = stats["pack_seconds"] + stats["vote_seconds"] + stats["unpack_seconds"]
+        assert stats["codec_nanoseconds_per_coordinate"] == pytest.approx(1e9 * codec / (steps * numel))
         sent, received = message_bytes(topology, [350, 35, 5], world, rank)
         assert stats["bytes_sent"] - agreement_bytes == steps * sent
         assert stats["bytes_received"] - agreement_bytes == steps * received
@@ -242,6 +247,117 @@ def message_bytes(topology: str, numels: list[int], world: int, rank: int) -> tu
     if topology == "allgather" or rank == 0:
         return (world - 1) * row, (world - 1) * row
     return row, row
+
+
+class Large(nn.Module):
+    """Two million coordinates, in two parameters of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(1_500_000)), nn.Parameter(torch.ones(500_000))
+
+    def forward(self) -> torch.Tensor:
+        return self.a.sum() + self.b.sum()
+
+
+def buffers(state: MajorityVoteState) -> list[int]:
+    """Where all memory lies that a state holds for its buckets."""
+    tensors = [value for plan in state._plans.values() for value in vars(plan.exchange).values()]
+    tensors += [plan.momentum for plan in state._plans.values()]
+    arrays = [array for plan in state._plans.values() for array in (plan.layout.runs, plan.voter_runs)]
+    addresses = [tensor.data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    return addresses + [array.ctypes.data for array in arrays]
+
+
+def allocate_in_steady_state(topology: str) -> tuple[int, int, bool]:
+    """Bytes of Python and NumPy at the peak of the steps after the second, new messages, and whether buffers stayed."""
+    from signvote.ddp.layout import BucketLayout
+
+    ddp = DistributedDataParallel(Large())
+    state = attach(ddp, topology=topology)
+    made = 0
+    new_message = BucketLayout.new_message
+
+    def counting(*arguments: Any) -> torch.Tensor:
+        nonlocal made
+        made += 1
+        return new_message(*arguments)
+
+    for _ in range(2):
+        ddp().backward()
+    before = buffers(state)
+    tracemalloc.start()
+    try:
+        with mock.patch.object(BucketLayout, "new_message", counting):
+            for _ in range(3):
+                ddp().backward()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    return peak, made, buffers(state) == before
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_allocates_nothing_of_the_models_size_after_the_second_step(ranks: RankPool, topology: str) -> None:
+    for peak, made, stayed in ranks.run(allocate_in_steady_state, topology, world=2):
+        assert stayed
+        assert made == 0
+        assert peak < 100_000  # the smallest buffer, a shard of one bit per coordinate, has 125,000 bytes
+
+
+def threads_by_bucket() -> dict[str, list[int]]:
+    """With which number of threads the hook calls each op, on two buckets one after the other."""
+    from signvote import runs
+    from signvote.ddp import hook
+
+    used: dict[str, list[int]] = {}
+
+    def recording(op: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            used.setdefault(op.__name__, []).append(options["num_threads"])
+            return op(*arguments, **options)
+
+        return call
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        ddp = DistributedDataParallel(Large(), bucket_cap_mb=1e-5)
+        attach(ddp)
+        ddp().backward()
+        ddp.zero_grad()
+        with mock.patch.multiple(
+            hook,
+            pack_runs=recording(runs.pack_runs),
+            vote_runs=recording(runs.vote_runs),
+            unpack_runs=recording(runs.unpack_runs),
+        ):
+            ddp().backward()
+    finally:
+        torch.set_num_threads(before)
+    return used
+
+
+def test_beside_the_backward_pass_the_worker_is_one_thread(ranks: RankPool) -> None:
+    for used in ranks.run(threads_by_bucket, world=2):
+        assert used == {"pack_runs": [3, 3], "vote_runs": [1, 3], "unpack_runs": [1, 3]}
+
+
+def held_memory(topology: str) -> int:
+    ddp = DistributedDataParallel(Large())
+    state = attach(ddp, topology=topology)
+    for _ in range(2):
+        ddp().backward()
+    exchanges = [plan.exchange for plan in state._plans.values()]
+    tensors = {value for exchange in exchanges for value in vars(exchange).values()}
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    ("topology", "bits"), [("sharded", [3 + 1 / 3] * 3), ("allgather", [5.0] * 3), ("server", [5.0, 2.0, 2.0])]
+)
+def test_holds_the_memory_that_its_docstring_says(ranks: RankPool, topology: str, bits: list[float]) -> None:
+    assert ranks.run(held_memory, topology, world=3) == pytest.approx([2e6 * of_rank / 8 for of_rank in bits], rel=1e-3)
 
 
 def test_tie_rate_is_that_of_the_simulation(ranks: RankPool) -> None:

@@ -16,6 +16,8 @@ class VoteStats:
         bytes_sent, bytes_received: Payload handed to the collectives for other ranks, and taken from them.
         pack_seconds, exchange_seconds, vote_seconds, unpack_seconds: Time in each phase. Exchange and vote run on the
             worker thread beside the backward pass; exchange includes waiting for slower ranks.
+        codec_nanoseconds_per_coordinate: Time to pack, vote and unpack over ``coordinates``: what the compression
+            itself costs. 1 is a millisecond for a million coordinates.
         zero_rate: Share of this rank's coordinates that were exactly zero when packed.
         tie_rate: Share of coordinates on which the ranks tied; the same on every rank.
         nonfinite: NaN or inf coordinates met, summed over all ranks; the same on every rank.
@@ -30,6 +32,7 @@ class VoteStats:
     exchange_seconds: float = 0.0
     vote_seconds: float = 0.0
     unpack_seconds: float = 0.0
+    codec_nanoseconds_per_coordinate: float = 0.0
     zero_rate: float = 0.0
     tie_rate: float = 0.0
     nonfinite: int = 0
@@ -65,6 +68,7 @@ class Counters:
     unpack_seconds: float = 0.0
 
     def stats(self, traffic: Traffic) -> VoteStats:
+        codec_seconds = self.pack_seconds + self.vote_seconds + self.unpack_seconds
         return VoteStats(
             calls=self.calls,
             steps=self.steps,
@@ -75,6 +79,7 @@ class Counters:
             exchange_seconds=traffic.seconds,
             vote_seconds=self.vote_seconds,
             unpack_seconds=self.unpack_seconds,
+            codec_nanoseconds_per_coordinate=1e9 * codec_seconds / max(1, self.coordinates),
             zero_rate=self.zeros / max(1, self.coordinates),
             tie_rate=self.ties / max(1, self.voted),
             nonfinite=self.nonfinite,
