@@ -172,7 +172,7 @@ def delayed_worker(generator: torch.Generator) -> Iterator[None]:
     run = Channel._run
 
     def late(self: Channel, *arguments: Any, **options: Any) -> None:
-        time.sleep(0.002 * torch.rand((), generator=generator).item())
+        time.sleep(0.001 * torch.rand((), generator=generator).item())
         run(self, *arguments, **options)
 
     Channel._run = late  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import signvote.ddp.agreement as agreement
 import signvote.ddp.hook as hook_module
 import signvote.ddp.state as state_module
-from ddp_jobs import Job, batches, build, mlp, step
+from ddp_jobs import Job, batches, build, delayed_worker, digest, mlp, step
 from ranks import RankDied, RankError, RankPool
 from signvote.ddp import MajorityVoteState, attach, majority_vote_hook
 from signvote.ddp.options import TOPOLOGIES
@@ -129,6 +130,9 @@ class FakeBucket:
     def index(self) -> int:
         return 0
 
+    def is_last(self) -> bool:
+        return True
+
     def parameters(self) -> list[torch.Tensor]:
         return self._parameters
 
@@ -154,7 +158,7 @@ def majority_vote_on(state: MajorityVoteState, model: nn.Module) -> None:
         ("seed", 5, "seed: 0 on ranks 0, 2, 5 on rank 1"),
         ("numel", 6, "numel of bucket 0: 40 on ranks 0, 2, 48 on rank 1"),
         ("wire version", 99, "wire version: 1 on ranks 0, 2, 99 on rank 1"),
-        ("step", 12, "step: 0 on ranks 0, 2, 12 on rank 1"),
+        ("step", 12, "step: 1 on ranks 0, 2, 13 on rank 1"),
     ],
 )
 def test_disagreement_raises_the_same_on_every_rank(ranks: RankPool, kind: str, value: Any, text: str) -> None:
@@ -199,11 +203,13 @@ def test_ranks_out_of_step_raise(ranks: RankPool) -> None:
 # -- Ranks that die or stall ------------------------------------------------------------------------------------------
 
 
-def lose_a_rank(how: str, topology: str, lost: int) -> tuple[str, float]:
-    ddp, _, _ = build(Job(options={"topology": topology, "timeout": timedelta(seconds=2)}))
+def lose_a_rank(how: str, topology: str, lost: int, at_step: int) -> tuple[str, float]:
+    ddp, state, _ = build(Job(options={"topology": topology, "timeout": timedelta(seconds=2)}))
     optimizer = SignSGD(ddp.parameters(), lr=0.01)
-    for i, x in enumerate(batches(50, dist.get_rank())):
-        if i == 5 and dist.get_rank() == lost:
+    for i, x in enumerate(batches(50, dist.get_rank()), 1):
+        if i == 1:
+            state.channel()  # all ranks make the group
+        if i == at_step and dist.get_rank() == lost:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(5)  # stalled: beyond the timeout
@@ -216,18 +222,96 @@ def lose_a_rank(how: str, topology: str, lost: int) -> tuple[str, float]:
     raise AssertionError("no error")
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("topology", "at_step"), [*((topology, 6) for topology in TOPOLOGIES), ("sharded", 1)])
 @pytest.mark.parametrize("how", ["killed", "stalled"])
-def test_a_lost_rank_is_named_and_nobody_hangs(ranks: RankPool, topology: str, how: str) -> None:
+def test_a_lost_rank_is_named_and_nobody_hangs(ranks: RankPool, topology: str, how: str, at_step: int) -> None:
     lost = 2
-    outcomes = ranks.outcomes(lose_a_rank, how, topology, lost, world=3)
+    outcomes = ranks.outcomes(lose_a_rank, how, topology, lost, at_step, world=3)
     if how == "killed":
         assert isinstance(outcomes[lost], RankDied)
     for rank in (0, 1):
         text, seconds = outcomes[rank]
-        assert f"signvote: rank {rank}, step 6, bucket 0: " in text
-        assert any(phase in text for phase in ("all_to_all", "all_gather", "gather", "broadcast"))
+        where = f"signvote: rank {rank}, step {at_step}, bucket 0: "
+        assert where in text
+        phases = ("agreement: all_gather",) if at_step == 1 else ("all_to_all", "all_gather", "gather", "broadcast")
+        assert text.split(where)[1].startswith(phases)
         assert seconds < 5
+
+
+def lose_a_rank_within_the_groups_timeout() -> str:
+    """The state has no timeout of its own: that of `init_process_group` counts."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    store = dist.PrefixStore("short", dist.distributed_c10d._get_default_store())  # type: ignore[attr-defined]
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=2))
+    ddp, _, _ = build(Job())
+    x = torch.ones(2, 7)
+    for _ in range(2):
+        ddp(x).sum().backward()
+    if rank == 1:
+        time.sleep(4)
+        return ""
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 0, step 3, bucket 0: all_to_all"):
+        ddp(x).sum().backward()
+    assert time.monotonic() - start < 4
+    return "raised"
+
+
+def test_the_groups_timeout_counts(ranks: RankPool) -> None:
+    assert ranks.run(lose_a_rank_within_the_groups_timeout, world=2) == ["raised", ""]
+
+
+def fail_and_start_anew() -> str:
+    """After a failure nothing of the state outlives the process group, and the next one finds it sound."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    store = dist.PrefixStore("anew", dist.distributed_c10d._get_default_store())  # type: ignore[attr-defined]
+    ddp = DistributedDataParallel(mlp())
+    state = attach(ddp, timeout=timedelta(seconds=1))
+    for i in range(3):
+        if i == 2 and rank == 1:
+            time.sleep(2)
+            break
+        with pytest.raises(RuntimeError, match="rank 0, step 3") if i == 2 else nullcontext():
+            ddp(torch.ones(2, 7)).sum().backward()
+    dist.destroy_process_group()
+    deadline = time.monotonic() + 20
+    while any(thread.name.startswith("signvote") for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    state.step = 3  # rank 1 saw one step less
+    again = DistributedDataParallel(ddp.module)
+    again.register_comm_hook(state, majority_vote_hook)
+    for _ in range(3):
+        again(torch.ones(2, 7)).sum().backward()
+    return digest(again.module)
+
+
+def test_a_failed_state_works_with_the_next_process_group(ranks: RankPool) -> None:
+    outcomes = ranks.run(fail_and_start_anew, world=2)
+    assert outcomes[0] == outcomes[1]
+
+
+def raise_and_train_on() -> str:
+    """Buckets of the step that raised are still on their way when the next step begins."""
+    job = Job("deep", options={"nonfinite": "raise"}, ddp={"bucket_cap_mb": 1e-5}, record=False)
+    ddp, _, _ = build(job)
+    optimizer = SignSGD(ddp.parameters(), lr=0.01)
+    with delayed_worker(torch.Generator().manual_seed(dist.get_rank())):
+        for i, x in enumerate(batches(8, dist.get_rank())):
+            bad = i == 4
+            with pytest.raises(RuntimeError, match="are NaN or inf") if bad else nullcontext():
+                optimizer.zero_grad()
+                (ddp(x).square().mean() * (torch.nan if bad and dist.get_rank() == 1 else 1.0)).backward()
+                optimizer.step()
+    return digest(ddp.module)
+
+
+def test_training_goes_on_after_nonfinite_raised(ranks: RankPool) -> None:
+    digests = ranks.run(raise_and_train_on, world=3)
+    assert len(set(digests)) == 1
 
 
 # -- Errors in the worker thread and in buckets -----------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Saving, loading, pickling, statistics, options, and a clean end."""
 
 import copy
+import gc
 import io
 import os
 import pickle
@@ -21,10 +22,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_jobs import Job, batches, build, digest, step, train
+from ddp_jobs import Job, batches, build, digest, mlp, step, train
 from ddp_simulation import Simulation
 from ranks import RankPool
-from signvote.ddp import MajorityVoteState, attach
+from signvote.ddp import MajorityVoteState, attach, majority_vote_hook
 from signvote.ddp.options import TOPOLOGIES
 from signvote.optim import SignSGD
 
@@ -95,7 +96,10 @@ def refusals(directory: str) -> dict[str, str]:
         "world": {**good, "world_size": 8},
         "rank": {**good, "rank": 1 - dist.get_rank()},
         "unknown": {**good, "momentum": {**momentum, "extra": torch.ones(3)}},
-        "missing": {**good, "momentum": {k: v for k, v in momentum.items() if k != "0.bias"}},
+        "missing": {**good, "parameters": [name for name in good["parameters"] if name != "0.bias"]},
+        "none": {**good, "momentum": {}},
+        "step": {**good, "step": -1},
+        "tensors": {**good, "momentum": {"0.bias": [1.0]}},
         "shape": {**good, "momentum": {**momentum, "0.bias": torch.ones(3)}},
         "format": {**good, "format": 99},
         "keys": {"momentum": momentum},
@@ -126,9 +130,12 @@ def test_checkpoints_that_do_not_fit_are_refused(ranks: RankPool, tmp_path: Path
         assert f"rank: expected {rank}, as in this job, got {1 - rank}" in texts["rank"]
         assert "unknown: ['extra'], missing: none" in texts["unknown"]
         assert "unknown: none, missing: ['0.bias']" in texts["missing"]
+        assert "momentum: expected tensors, got none" in texts["none"]
+        assert "step: expected an integer from 0 to 2**64 - 1, got -1" in texts["step"]
+        assert "momentum: expected a dict of tensors" in texts["tensors"]
         assert "momentum of 0.bias: expected shape (40,), got (3,)" in texts["shape"]
         assert "format: expected 1, got 99" in texts["format"]
-        assert "expected a dict with ['format', 'momentum', 'rank', 'seed', 'step', 'world_size']" in texts["keys"]
+        assert "expected a dict with ['format', 'momentum', 'parameters', 'rank', " in texts["keys"]
 
 
 def test_names_must_be_known_to_save() -> None:
@@ -143,8 +150,6 @@ def name_too_late() -> None:
     other = MajorityVoteState()
     other.name_parameters(nn.Linear(2, 2).named_parameters())
     ddp = DistributedDataParallel(nn.Linear(7, 5))
-    from signvote.ddp import majority_vote_hook
-
     ddp.register_comm_hook(other, majority_vote_hook)
     with pytest.raises(RuntimeError, match="not among those that were named"):
         ddp(torch.ones(2, 7)).sum().backward()
@@ -152,6 +157,46 @@ def name_too_late() -> None:
 
 def test_names_of_another_model_are_refused(ranks: RankPool) -> None:
     ranks.run(name_too_late, world=1)
+
+
+def load_in_training() -> tuple[str, str]:
+    """Back to a checkpoint without a new DDP: what is loaded counts, not what the buckets held."""
+    job = Job(record=False)
+    ddp, state, _ = build(job)
+    optimizer = SignSGD(ddp.parameters(), lr=0.01)
+    digests = []
+    for x in batches(3, dist.get_rank()):
+        step(ddp, optimizer, job, x)
+    saved, model = through_a_file(state.state_dict()), copy.deepcopy(ddp.module.state_dict())
+    for _ in range(2):
+        for x in batches(5, dist.get_rank(), first=3):
+            step(ddp, optimizer, job, x)
+        digests.append(digest(ddp.module))
+        ddp.module.load_state_dict(model)
+        state.load_state_dict(saved)
+    return digests[0], digests[1]
+
+
+def test_a_checkpoint_is_loaded_in_training(ranks: RankPool) -> None:
+    outcomes = ranks.run(load_in_training, world=2)
+    assert len({text for outcome in outcomes for text in outcome}) == 1
+
+
+def checkpoint_without_ignored_parameters() -> None:
+    """DDP never shows what it ignores: such a checkpoint is complete all the same."""
+    model = mlp()
+    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(model, ["0.weight"])  # type: ignore[no-untyped-call]
+    ddp = DistributedDataParallel(model)
+    state = attach(ddp)
+    ddp(torch.ones(2, 7)).sum().backward()
+    saved = state.state_dict()
+    assert set(saved["momentum"]) == {"0.bias", "2.weight", "2.bias"}
+    state.load_state_dict(saved)
+
+
+def test_a_state_loads_its_own_checkpoint(ranks: RankPool) -> None:
+    ranks.run(checkpoint_without_ignored_parameters, world=2)
 
 
 # -- Pickling ---------------------------------------------------------------------------------------------------------
@@ -186,6 +231,47 @@ def pickle_in_training() -> tuple[str, str]:
 def test_a_state_pickled_in_training_goes_on(ranks: RankPool) -> None:
     outcomes = ranks.run(pickle_in_training, world=2)
     assert len({text for outcome in outcomes for text in outcome}) == 1
+
+
+def pickle_in_a_subgroup() -> str | None:
+    group = dist.new_group([0, 1])
+    if dist.get_rank() == 2:
+        return None
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(mlp(), process_group=group)
+    state = attach(ddp)
+    ddp(torch.ones(2, 7)).sum().backward()
+    again = pickle.loads(pickle.dumps(state))
+    with pytest.raises(RuntimeError, match="pickled with a process group of its own"):
+        again.channel()
+    other = DistributedDataParallel(copy.deepcopy(ddp.module), process_group=group)
+    with pytest.raises(TypeError, match="state and momentum: expected one or the other"):
+        attach(other, state=again, momentum=0.5)
+    assert attach(other, state=again) is again
+    optimizer = SignSGD(other.parameters(), lr=0.01)
+    step(other, optimizer, Job(), torch.ones(2, 7))
+    assert again.step == 2
+    return digest(other.module)
+
+
+def test_a_pickled_state_of_a_subgroup_wants_its_group_again(ranks: RankPool) -> None:
+    first, second, third = ranks.run(pickle_in_a_subgroup, world=3)
+    assert first == second is not None
+    assert third is None
+
+
+def pickle_without_names() -> None:
+    ddp = DistributedDataParallel(mlp())
+    state = MajorityVoteState()
+    assert pickle.loads(pickle.dumps(state)).step == 0
+    ddp.register_comm_hook(state, majority_vote_hook)
+    ddp(torch.ones(2, 7)).sum().backward()
+    with pytest.raises(RuntimeError, match="whose parameters have no names cannot be pickled"):
+        pickle.dumps(state)
+
+
+def test_momentum_without_names_is_not_pickled(ranks: RankPool) -> None:
+    ranks.run(pickle_without_names, world=1)
 
 
 # -- Statistics -------------------------------------------------------------------------------------------------------
@@ -380,6 +466,8 @@ def attach_without_backward() -> int:
     with ddp.no_sync():
         ddp(torch.ones(2, 7)).sum().backward()
     assert repr(state).startswith("MajorityVoteState(momentum=0.9, zeros='coin'")
+    with pytest.raises(ValueError, match="expected skip_all_reduce_unused_params=False"):
+        attach(DistributedDataParallel(nn.Linear(7, 5), skip_all_reduce_unused_params=True))
     with pytest.raises(TypeError, match="attach: ddp: expected a DistributedDataParallel, got Linear"):
         attach(ddp.module)
     return state.stats().calls
@@ -432,7 +520,9 @@ def worker_threads() -> list[str]:
 
 def outlive_the_group() -> tuple[str, str]:
     """The worker thread and the group go with the process group; the same state then works with the next one."""
-    ddp, state, _ = build(Job(record=False))
+    torch.manual_seed(0)
+    ddp = DistributedDataParallel(mlp())
+    state = attach(ddp)
     optimizer = SignSGD(ddp.parameters(), lr=0.01)
     for x in batches(3, dist.get_rank()):
         step(ddp, optimizer, Job(), x)
@@ -450,8 +540,6 @@ def outlive_the_group() -> tuple[str, str]:
 
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     again = DistributedDataParallel(ddp.module)
-    from signvote.ddp import majority_vote_hook
-
     again.register_comm_hook(state, majority_vote_hook)
     for x in batches(3, rank, first=3):
         step(again, optimizer, Job(), x)
@@ -464,6 +552,33 @@ def test_nothing_outlives_the_process_group(ranks: RankPool) -> None:
     outcomes = ranks.run(outlive_the_group, world=2)
     straight = ranks.run(train_six, world=2)
     assert {outcome[0] for outcome in outcomes} == set(straight)
+
+
+def give_up_states() -> str:
+    """Neither a state that is closed nor one that is forgotten leaves its thread behind."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = SignSGD(model.parameters(), lr=0.01)
+    for i, x in enumerate(batches(6, dist.get_rank())):
+        ddp = DistributedDataParallel(model)
+        state = attach(ddp, momentum=0.0)
+        state.step = i
+        step(ddp, optimizer, Job(), x)
+        if i % 2:
+            state.close()
+            assert not worker_threads()
+            state.close()
+        del ddp, state
+        gc.collect()
+        deadline = time.monotonic() + 20
+        while worker_threads():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    return digest(model)
+
+
+def test_states_that_are_given_up_leave_no_thread(ranks: RankPool) -> None:
+    assert len(set(ranks.run(give_up_states, world=2))) == 1
 
 
 def train_six() -> str:

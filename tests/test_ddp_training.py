@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 
+import signvote
 from ddp_jobs import MODELS, Job, Outcome, train
 from ddp_simulation import Simulation
 from ranks import RankPool
+from signvote.ddp import MajorityVoteState
 from signvote.ddp.layout import FIRST, NUMEL, PLACE, WORD, BucketLayout
 from signvote.ddp.options import TOPOLOGIES
 from signvote.ddp.trailer import TRAILER_WORDS
@@ -81,6 +83,30 @@ def test_options_equal_simulation(ranks: RankPool, options: str, world: int) -> 
     check_against_simulation(job, ranks.run(train, job, world=world))
 
 
+@pytest.mark.parametrize(
+    # 24,000 delayed collectives are enough among two
+    ("feature", "world"),
+    [(name, world) for name, job in FEATURES.items() for world in ((2,) if job.delays else (1, 4))],
+)
+def test_replicas_stay_identical_with_each_feature(ranks: RankPool, feature: str, world: int) -> None:
+    """Over 200 steps."""
+    job = replace(FEATURES[feature], steps=200, record=False)
+    outcomes = ranks.run(train, job, world=world)
+    assert len({outcome.digest for outcome in outcomes}) == 1
+    assert all(outcome.stats["steps"] >= 200 - rank * job.uneven for rank, outcome in enumerate(outcomes))
+
+
+def train_on_another_cpu() -> str:
+    """Each rank has other kernels, as on CPUs of different kinds."""
+    names = signvote.implementations()
+    rank = dist.get_rank()
+    return train(Job("rows", steps=50, options={"implementation": names[rank % len(names)]}, record=False)).digest
+
+
+def test_cpus_of_different_kinds_give_the_same_bits(ranks: RankPool) -> None:
+    assert len(set(ranks.run(train_on_another_cpu, world=3))) == 1
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_replicas_stay_identical(ranks: RankPool, world: int) -> None:
     """Over 300 steps, and the three topologies train to the same bits."""
@@ -91,7 +117,33 @@ def test_replicas_stay_identical(ranks: RankPool, world: int) -> None:
     assert len(digests) == 1
 
 
-def train_subgroup() -> str | None:
+def train_beside_other_groups() -> str:
+    """Rank 0 is in groups that the others are not in."""
+    for _ in range(2):
+        dist.new_group([0])
+    return train(Job(steps=3, record=False)).digest
+
+
+def test_ranks_may_be_in_other_groups(ranks: RankPool) -> None:
+    assert len(set(ranks.run(train_beside_other_groups, world=3))) == 1
+
+
+def bind_uneven_subgroup() -> str:
+    group = dist.new_group([0, 1])
+    dist.new_group([0])
+    if dist.get_rank() == 2:
+        return ""
+    with pytest.raises(RuntimeError) as info:
+        MajorityVoteState(group).channel()
+    return str(info.value)
+
+
+def test_a_subgroup_that_torch_cannot_double_is_refused_at_once(ranks: RankPool) -> None:
+    for rank, text in enumerate(ranks.run(bind_uneven_subgroup, world=3)[:2]):
+        assert f"signvote: rank {rank}: new group: ranks [0, 1] belong to [3, 2] process groups" in text
+
+
+def train_subgroup(topology: str) -> str | None:
     """Ranks 1 and 2 train, 0 does not."""
     from torch.nn.parallel import DistributedDataParallel
 
@@ -103,7 +155,7 @@ def train_subgroup() -> str | None:
         return None
     torch.manual_seed(0)
     ddp = DistributedDataParallel(mlp(), process_group=group)
-    state = attach(ddp)
+    state = attach(ddp, topology=topology)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
     for x in batches(5, dist.get_rank()):
         step(ddp, optimizer, Job(), x)
@@ -111,9 +163,9 @@ def train_subgroup() -> str | None:
     return digest(ddp.module)
 
 
-@pytest.mark.parametrize("_run", range(2))
-def test_ranks_of_a_subgroup_vote_among_themselves(ranks: RankPool, _run: int) -> None:
-    outcomes = ranks.run(train_subgroup, world=3)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_ranks_of_a_subgroup_vote_among_themselves(ranks: RankPool, topology: str) -> None:
+    outcomes = ranks.run(train_subgroup, topology, world=3)
     assert outcomes[0] is None
     assert outcomes[1] == outcomes[2] is not None
 

@@ -1,13 +1,12 @@
 """Majority vote as a communication hook of DistributedDataParallel."""
 
-from signvote.ddp.agreement import WIRE_VERSION, DisagreementError
+from signvote.ddp.agreement import WIRE_VERSION
 from signvote.ddp.hook import attach, majority_vote_hook
 from signvote.ddp.state import MajorityVoteState
 from signvote.ddp.stats import VoteStats
 
 __all__ = [
     "WIRE_VERSION",
-    "DisagreementError",
     "MajorityVoteState",
     "VoteStats",
     "attach",

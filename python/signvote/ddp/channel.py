@@ -8,7 +8,7 @@ first out, in DDP's bucket order.
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 
@@ -28,8 +28,8 @@ class CollectiveError(RuntimeError):
 class Channel:
     """Collectives on CPU words over the ranks of ``process_group`` (default: all ranks).
 
-    The group and the thread go when the process group goes (``destroy_process_group``): the channel holds no reference
-    that keeps either alive.
+    The group and the thread go when torch's groups go (``destroy_process_group()``): the channel keeps neither alive.
+    The thread also goes with the channel, and both with :meth:`close`.
 
     Args:
         process_group: The ranks.
@@ -41,21 +41,16 @@ class Channel:
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None, timeout: timedelta | None, traffic: Traffic) -> None:
-        parent = process_group if process_group is not None else dist.group.WORLD
-        assert parent is not None  # the caller has checked that torch.distributed is initialised
-        group = dist.new_group(
-            dist.get_process_group_ranks(parent),
-            timeout=timeout if timeout is not None else _timeout_of(parent),
-            backend="gloo",
-            use_local_synchronization=True,
-        )
+        group = _new_gloo_group(process_group, timeout)
         self._group = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._first = dist.get_global_rank(group, 0)
         self._traffic = traffic
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="signvote")
-        weakref.finalize(group, self._worker.shutdown, wait=False)
+        self._last: Future[None] | None = None
+        for owner in (group, self):
+            weakref.finalize(owner, self._worker.shutdown, wait=False)
 
     @property
     def alive(self) -> bool:
@@ -63,7 +58,19 @@ class Channel:
 
     def submit(self, task: Callable[[], None]) -> None:
         """Run ``task`` on the worker thread, after all that was submitted before. The task must not raise."""
-        self._worker.submit(task)
+        self._last = self._worker.submit(task)
+
+    def wait_idle(self) -> None:
+        """Return when all that was submitted is done."""
+        if self._last is not None:
+            self._last.result()
+
+    def close(self) -> None:
+        """End the thread, and the group on this rank."""
+        self._worker.shutdown()
+        group = self._group()
+        if group is not None:
+            dist.destroy_process_group(group)
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """Row k of ``sent`` goes to rank k; row m of ``received`` comes from rank m."""
@@ -121,8 +128,29 @@ class Channel:
         self._traffic.bytes_received += from_others
 
 
-def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+def _new_gloo_group(parent: dist.ProcessGroup | None, timeout: timedelta | None) -> dist.ProcessGroup:
+    """A new group over the ranks of ``parent``; all of them call this."""
+    if parent is None or parent is dist.group.WORLD:
+        # Every rank of the job is here, so torch can name the group by a number that is the same on all of them.
+        return dist.new_group(timeout=timeout or _timeout_of(dist.group.WORLD), backend="gloo")
+    # Only members are here. torch then names the group by how many groups this rank is in: where members differ, they
+    # would wait for each other under two names until the timeout.
+    store = dist.distributed_c10d._get_process_group_store(parent)
+    rank, ranks = dist.get_rank(parent), dist.get_process_group_ranks(parent)
+    attempt = store.add(f"signvote/attempts/{rank}", 1)
+    store.set(f"signvote/{attempt}/{rank}", str(len(dist.distributed_c10d._world.pg_names)))
+    counts = [int(store.get(f"signvote/{attempt}/{other}")) for other in range(len(ranks))]
+    if len(set(counts)) > 1:
+        raise RuntimeError(
+            f"ranks {ranks} belong to {counts} process groups, and torch makes no group among ranks that belong to "
+            "different numbers of them: make the other groups after the first backward pass"
+        )
+    return dist.new_group(ranks, timeout=timeout or _timeout_of(parent), backend="gloo", use_local_synchronization=True)
+
+
+def _timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
     """The timeout the user gave ``group``, where torch tells; None means torch's default."""
     with suppress(Exception):
+        assert group is not None
         return group._get_backend(torch.device("cpu")).options._timeout
     return None

@@ -7,7 +7,7 @@ import torch
 
 FORMAT = 1
 
-_KEYS = {"format", "rank", "world_size", "step", "seed", "momentum"}
+_KEYS = {"format", "rank", "world_size", "step", "seed", "parameters", "momentum"}
 _REMEDY = (
     "reset_momentum=True takes over the step and the seed and starts with zero momentum, "
     "which is back after some 1/(1 - beta) steps"
@@ -20,6 +20,13 @@ def check_format(state_dict: object) -> None:
         raise ValueError(f"load_state_dict: state_dict: expected a dict with {sorted(_KEYS)}, got {got}")
     if state_dict["format"] != FORMAT:
         raise ValueError(f"load_state_dict: format: expected {FORMAT}, got {state_dict['format']}")
+    for number in ("step", "seed"):
+        value = state_dict[number]
+        if not isinstance(value, int) or not 0 <= value < 2**64:
+            raise ValueError(f"load_state_dict: {number}: expected an integer from 0 to 2**64 - 1, got {value!r}")
+    momentum = state_dict["momentum"]
+    if not isinstance(momentum, Mapping) or not all(isinstance(value, torch.Tensor) for value in momentum.values()):
+        raise ValueError("load_state_dict: momentum: expected a dict of tensors")
 
 
 def check_rank(state_dict: Mapping[str, Any], rank: int, world_size: int) -> None:
@@ -31,25 +38,29 @@ def check_rank(state_dict: Mapping[str, Any], rank: int, world_size: int) -> Non
             )
 
 
-def check_momentum(
-    saved: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.Tensor], expects_momentum: bool, step: int
-) -> None:
-    """``saved`` has momentum for just those of ``parameters`` that train, in their shapes."""
-    if saved and not expects_momentum:
+def check_momentum(state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size], expects_momentum: bool) -> None:
+    """The checkpoint is of the model whose parameters have these ``shapes``.
+
+    A parameter may be without momentum: one that is frozen, or of which DDP has shown no gradient yet.
+    """
+    momentum: Mapping[str, torch.Tensor] = state_dict["momentum"]
+    if momentum and not expects_momentum:
         raise ValueError(
-            f"load_state_dict: momentum: expected none (momentum=0.0), got {len(saved)} tensors. {_REMEDY}"
+            f"load_state_dict: momentum: expected none (momentum=0.0), got {len(momentum)} tensors. {_REMEDY}"
         )
-    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
-    unknown = [name for name in saved if name not in parameters]
-    missing = [name for name in trained if name not in saved] if expects_momentum and step > 0 else []
+    if expects_momentum and not momentum and state_dict["step"] > 0:
+        raise ValueError(f"load_state_dict: momentum: expected tensors, got none. {_REMEDY}")
+    saved = [*state_dict["parameters"], *momentum]
+    unknown = [name for name in dict.fromkeys(saved) if name not in shapes]
+    missing = [name for name in shapes if name not in state_dict["parameters"]]
     if unknown or missing:
         raise ValueError(
-            "load_state_dict: momentum: expected the names of this model's parameters; "
+            "load_state_dict: parameters: expected the names of this model's parameters; "
             f"unknown: {unknown or 'none'}, missing: {missing or 'none'}. {_REMEDY}"
         )
-    for name, momentum in saved.items():
-        if momentum.shape != parameters[name].shape:
+    for name, tensor in momentum.items():
+        if tensor.shape != shapes[name]:
             raise ValueError(
-                f"load_state_dict: momentum of {name}: expected shape {tuple(parameters[name].shape)}, "
-                f"got {tuple(momentum.shape)}. {_REMEDY}"
+                f"load_state_dict: momentum of {name}: expected shape {tuple(shapes[name])}, "
+                f"got {tuple(tensor.shape)}. {_REMEDY}"
             )

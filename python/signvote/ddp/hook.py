@@ -30,13 +30,10 @@ class _Vote:
     plan: BucketPlan
     step: int
     index: int
+    name: str  # for errors: rank, step and bucket
     buffer: torch.Tensor
     num_threads: int  # torch's setting on the thread that computes
     is_last: bool
-
-    @property
-    def name(self) -> str:
-        return f"signvote: rank {self.channel.rank}, step {self.step}, bucket {self.index}"
 
     @property
     def num_threads_of_worker(self) -> int:
@@ -71,10 +68,22 @@ def majority_vote_hook(
         ddp.register_comm_hook(MajorityVoteState(momentum=0.9), majority_vote_hook)
     """
     _check_bucket(bucket)
+    if not state.has_plan(bucket.index()):
+        _check_parameters(bucket)
     channel = state.channel()
+    step = state.begin(channel, bucket.index())
     plan = state.plan(channel, bucket)
-    step = state.begin(bucket.index())
-    vote = _Vote(state, channel, plan, step, bucket.index(), bucket.buffer(), torch.get_num_threads(), bucket.is_last())
+    vote = _Vote(
+        state=state,
+        channel=channel,
+        plan=plan,
+        step=step,
+        index=bucket.index(),
+        name=state.vote_name(channel, bucket.index()),
+        buffer=bucket.buffer(),
+        num_threads=torch.get_num_threads(),
+        is_last=bucket.is_last(),
+    )
     _pack(vote)
 
     future: torch.futures.Future[Any] = torch.futures.Future()
@@ -83,12 +92,15 @@ def majority_vote_hook(
     return future.then(lambda done: _unpack(vote, done.value()))
 
 
-def attach(ddp: DistributedDataParallel, **options: Any) -> MajorityVoteState:
+def attach(
+    ddp: DistributedDataParallel, *, state: MajorityVoteState | None = None, **options: Any
+) -> MajorityVoteState:
     """Register :func:`majority_vote_hook` on ``ddp`` and return its state, which knows the parameters' names.
 
     Args:
         ddp: A DDP model with no hook registered yet.
-        **options: As :class:`MajorityVoteState`; ``process_group`` is that of ``ddp``.
+        state: One that was unpickled, to go on with. Default: a new one.
+        **options: Of the new state, as :class:`MajorityVoteState`; ``process_group`` is that of ``ddp``.
 
     Example::
 
@@ -98,7 +110,18 @@ def attach(ddp: DistributedDataParallel, **options: Any) -> MajorityVoteState:
     """
     if not isinstance(ddp, DistributedDataParallel):
         raise TypeError(f"attach: ddp: expected a DistributedDataParallel, got {type(ddp).__name__}")
-    state = MajorityVoteState(ddp.process_group, **options)
+    if state is not None and options:
+        raise TypeError(f"attach: state and {', '.join(options)}: expected one or the other: a state has its options")
+    if getattr(ddp, "skip_all_reduce_unused_params", False):
+        raise ValueError(
+            "attach: ddp: expected skip_all_reduce_unused_params=False: a backward pass that leaves out buckets cannot "
+            "be told from the next"
+        )
+    group = None if ddp.process_group is dist.group.WORLD else ddp.process_group
+    if state is None:
+        state = MajorityVoteState(group, **options)
+    elif group is not None:
+        state.process_group = group
     state.name_parameters(ddp.module.named_parameters())
     ddp.register_comm_hook(state, majority_vote_hook)
     return state
@@ -117,16 +140,19 @@ def _check_bucket(bucket: object) -> None:
             f"majority_vote_hook: bucket {bucket.index()}: expected dense gradients, got {buffer.layout}: "
             "set sparse=False on the embedding"
         )
-    for parameter in bucket.parameters():
-        if parameter.is_complex():
-            raise TypeError(
-                f"majority_vote_hook: bucket {bucket.index()}: expected real parameters, got {parameter.dtype}"
-            )
     if buffer.device.type != "cpu":
         raise ValueError(
             f"majority_vote_hook: bucket {bucket.index()}: expected gradients on the CPU, got {buffer.device}: "
             "this build has no CUDA part"
         )
+
+
+def _check_parameters(bucket: dist.GradBucket) -> None:  # type: ignore[name-defined]
+    for parameter in bucket.parameters():
+        if parameter.is_complex():  # DDP shows its gradient as twice as many real numbers
+            raise TypeError(
+                f"majority_vote_hook: bucket {bucket.index()}: expected real parameters, got {parameter.dtype}"
+            )
 
 
 def _pack(vote: _Vote) -> None:
@@ -155,17 +181,14 @@ def _pack(vote: _Vote) -> None:
 
 
 def _exchange(vote: _Vote, future: "torch.futures.Future[Any]") -> None:
-    """On the worker thread: fulfil ``future`` with None, or with the error that :func:`_unpack` is to raise."""
+    """On the worker thread: fulfil ``future`` with None, or with the message of the error to raise."""
     state = vote.state
-    error = state.failure
-    if error is None:
+    if state.failure is None:
         try:
             vote.plan.exchange.run(vote.channel, lambda received, voted: _decide(vote, received, voted))
-        except Exception as failure:
-            error = RuntimeError(f"{vote.name}: {failure}")
-            error.__cause__ = failure
-            state.fail(error)
-    future.set_result(error)
+        except Exception as error:
+            state.fail(f"{vote.name}: {error}")
+    future.set_result(state.failure)
 
 
 def _decide(vote: _Vote, received: torch.Tensor, voted: torch.Tensor) -> None:
@@ -185,22 +208,22 @@ def _decide(vote: _Vote, received: torch.Tensor, voted: torch.Tensor) -> None:
     state.counters.vote_seconds += time.perf_counter() - start
 
 
-def _unpack(vote: _Vote, error: Exception | None) -> torch.Tensor:
+def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
     state, plan, counters = vote.state, vote.plan, vote.state.counters
-    if error is not None:
-        raise error
+    if failure is not None:
+        raise RuntimeError(failure)
     start = time.perf_counter()
     result = trailer.read(plan.exchange.result.numpy())
     if result.tag != vote_tag(vote.step, vote.index, plan.layout.numel):
-        failure = RuntimeError(
-            f"{vote.name}: vote: ranks are out of step: not all of them sent this bucket of this step"
-        )
-        state.fail(failure)
-        raise failure
+        state.fail(f"{vote.name}: vote: ranks are out of step: not all sent this bucket of this step")
+        raise RuntimeError(state.failure)
     counters.voted += plan.layout.numel
     counters.ties += result.ties
     counters.nonfinite += result.nonfinite
+    if state.is_aborted(vote.step):
+        raise RuntimeError(f"{vote.name}: an earlier bucket of this step has raised")
     if result.nonfinite and state.options.nonfinite == "raise":
+        state.abort_step(vote.step)
         raise RuntimeError(
             f"signvote: step {vote.step}, bucket {vote.index}: {result.nonfinite} gradient coordinates are NaN or inf, "
             f"the lowest rank that has any is {result.first_rank - 1}"

@@ -31,7 +31,10 @@ class MomentumByPlace:
         for parameter, place, piece in zip(parameters, places, pieces, strict=True):
             view = _in_memory_order_of(parameter, piece)
             if place in self._momentum:
-                view.copy_(self._momentum[place])
+                momentum = self._momentum[place]
+                if momentum.shape != view.shape:  # copy_ would stretch it
+                    raise RuntimeError(f"momentum of parameter {place} has shape {momentum.shape}, not {view.shape}")
+                view.copy_(momentum)
             self._momentum[place] = view
         return flat
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from signvote.ddp import checkpoint
-from signvote.ddp.agreement import WIRE_VERSION, check_agreement
+from signvote.ddp.agreement import WIRE_VERSION, DisagreementError, check_agreement
 from signvote.ddp.channel import Channel
 from signvote.ddp.layout import BucketLayout
 from signvote.ddp.momentum import MomentumByPlace
@@ -44,7 +44,7 @@ class MajorityVoteState:
     """State of :func:`majority_vote_hook`: Signum with majority vote (Bernstein et al. 2018, Algorithms 2 and 3).
 
     Build it before or after the process group, one per DDP model; it binds to the group in the first backward pass,
-    where all ranks check that their options agree. It can be pickled, except for ``process_group``.
+    where all ranks check that their options agree. It can be pickled; a ``process_group`` must then be given anew.
 
     Memory per coordinate: 4 bytes of momentum (8 for float64, none with ``momentum=0.0``) and, for messages between M
     ranks, 3 + 1/M bits if ``"sharded"``, M + 2 bits if ``"allgather"``, and if ``"server"`` 2 bits, on rank 0 M + 2.
@@ -98,7 +98,9 @@ class MajorityVoteState:
         )
         self.timeout = timeout
         self.implementation = implementation
-        self.process_group = process_group
+        # The group of all ranks is found when it is needed, also after it was destroyed and made anew.
+        self.process_group = None if process_group is dist.group.WORLD else process_group
+        self._group_is_missing = False
         self.step = 0
         self._names: list[str] | None = None
         self._momentum = MomentumByPlace()
@@ -109,7 +111,8 @@ class MajorityVoteState:
         self._plans: dict[int, BucketPlan] = {}
         self._last_bucket = -1
         self._channel: Channel | None = None
-        self._failure: Exception | None = None
+        self._failure: str | None = None
+        self._aborted_step = 0
 
     # -- Parameters -----------------------------------------------------------------------------------------------
 
@@ -139,7 +142,7 @@ class MajorityVoteState:
         if parameter not in self._places:
             raise RuntimeError(
                 f"majority_vote_hook: a parameter of shape {tuple(parameter.shape)} is not among those that were "
-                "named; attach the state to the DDP model that it is used with"
+                "named: a state belongs to one model; after unpickling, attach(ddp, state=state) names them anew"
             )
         return self._places[parameter]
 
@@ -149,26 +152,68 @@ class MajorityVoteState:
         """The channel of the current process group; made in the first call, and anew if the group was destroyed.
 
         Raises:
-            RuntimeError: If torch.distributed is not initialised, or if a vote has failed on this group.
+            RuntimeError: If there is no process group, or if a vote has failed on it.
         """
         if self._channel is None or not self._channel.alive:
-            if not dist.is_initialized():
-                raise RuntimeError("majority_vote_hook: torch.distributed is not initialised (init_process_group)")
+            self._check_process_group()
             self._plans.clear()
             self._failure = None
-            self._channel = Channel(self.process_group, self.timeout, self._traffic)
+            try:
+                self._channel = Channel(self.process_group, self.timeout, self._traffic)
+            except Exception as error:
+                raise RuntimeError(f"signvote: rank {dist.get_rank(self.process_group)}: new group: {error}") from error
         if self._failure is not None:
-            raise RuntimeError(str(self._failure)) from self._failure
+            raise RuntimeError(self._failure)
         return self._channel
+
+    def _check_process_group(self) -> None:
+        if not dist.is_initialized():
+            raise RuntimeError("signvote: torch.distributed is not initialised (init_process_group)")
+        if self._group_is_missing and self.process_group is None:
+            raise RuntimeError(
+                "signvote: this state was pickled with a process group of its own: set state.process_group before use"
+            )
+        if self.process_group is not None:
+            try:
+                dist.get_process_group_ranks(self.process_group)
+            except (KeyError, ValueError):
+                raise RuntimeError("signvote: the state's process group was destroyed") from None
+
+    def close(self) -> None:
+        """End the worker thread and the state's own group now, rather than with ``destroy_process_group()``.
+
+        For a state that is given up while training goes on. It can be used again: it then makes a new group, so all
+        ranks must close it, between steps.
+        """
+        if self._channel is not None:
+            self._channel.close()
 
     def plan(self, channel: Channel, bucket: dist.GradBucket) -> BucketPlan:  # type: ignore[name-defined]
         """The plan of ``bucket``: made when DDP first shows it, and anew when DDP has rebuilt its buckets."""
-        index, parameters, dtype = bucket.index(), bucket.parameters(), bucket.buffer().dtype
+        index, parameters, buffer = bucket.index(), bucket.parameters(), bucket.buffer()
         plan = self._plans.get(index)
-        if plan is not None and plan.fits(parameters, dtype):
+        if plan is not None and plan.fits(parameters, buffer.dtype):
             return plan
         if plan is not None:
             self._plans.clear()  # the buckets were rebuilt: the others are out of date too
+        plan = self._plans[index] = self._new_plan(channel, parameters, buffer.dtype)
+        description = {
+            "wire version": WIRE_VERSION,
+            "world size": channel.size,
+            **self.options.as_dict(),
+            "step": self.step,
+            f"numel of bucket {index}": plan.layout.numel,
+            f"parameters of bucket {index}": len(parameters),
+            f"dtype of bucket {index}": str(buffer.dtype),
+        }
+        name = self.vote_name(channel, index)
+        channel.submit(lambda: self._agree(channel, name, description))
+        return plan
+
+    def has_plan(self, bucket_index: int) -> bool:
+        return bucket_index in self._plans
+
+    def _new_plan(self, channel: Channel, parameters: list[torch.Tensor], dtype: torch.dtype) -> BucketPlan:
         places = [self._place(parameter) for parameter in parameters]
         layout = BucketLayout(
             [parameter.numel() for parameter in parameters],
@@ -177,7 +222,7 @@ class MajorityVoteState:
             TRAILER_WORDS,
         )
         exchange = new_exchange(self.options.topology, layout, channel.rank, channel.size)
-        plan = BucketPlan(
+        return BucketPlan(
             parameters=parameters,
             dtype=dtype,
             layout=layout,
@@ -185,43 +230,47 @@ class MajorityVoteState:
             voter_runs=layout.shard_runs(exchange.shard) if exchange.shard is not None else layout.runs[:0],
             momentum=self._momentum.gather(parameters, places, dtype) if self.options.has_momentum else None,
         )
-        self._plans[index] = plan
-        description = {
-            "wire version": WIRE_VERSION,
-            "world size": channel.size,
-            **self.options.as_dict(),
-            "step": self.step,
-            f"numel of bucket {index}": layout.numel,
-            f"parameters of bucket {index}": len(parameters),
-            f"dtype of bucket {index}": str(dtype),
-        }
-        channel.submit(lambda: self._agree(channel, description))
-        return plan
 
-    def _agree(self, channel: Channel, description: Mapping[str, Any]) -> None:
+    def vote_name(self, channel: Channel, bucket_index: int) -> str:
+        return f"signvote: rank {channel.rank}, step {self.step}, bucket {bucket_index}"
+
+    def _agree(self, channel: Channel, name: str, description: Mapping[str, Any]) -> None:
         if self._failure is None:
             try:
                 check_agreement(channel, "signvote", description)
+            except DisagreementError as error:
+                self.fail(str(error))
             except Exception as error:
-                self.fail(error)
+                self.fail(f"{name}: agreement: {error}")
 
-    def fail(self, error: Exception) -> None:
-        """Ranks may be out of step from here on: every later vote on this group raises the first error."""
+    def fail(self, message: str) -> None:
+        """Ranks may be out of step from here on: every later vote on this group raises this.
+
+        Only the text is kept: an exception would keep alive what its traceback refers to, the group above all.
+        """
         if self._failure is None:
-            self._failure = error
+            self._failure = message
 
     @property
-    def failure(self) -> Exception | None:
+    def failure(self) -> str | None:
         return self._failure
+
+    def abort_step(self, step: int) -> None:
+        """DDP stops at the first bucket that raises: those behind it must not write into gradients any more."""
+        self._aborted_step = step
+
+    def is_aborted(self, step: int) -> bool:
+        return self._aborted_step == step
 
     # -- Steps and counters ---------------------------------------------------------------------------------------
 
-    def begin(self, bucket_index: int) -> int:
+    def begin(self, channel: Channel, bucket_index: int) -> int:
         """Count a call of the hook and return the step that it belongs to.
 
         DDP shows its buckets in order, so an index that does not grow begins a new backward pass.
         """
         if bucket_index <= self._last_bucket or self._last_bucket < 0:
+            channel.wait_idle()  # only after an error does the last pass leave anything behind
             self.step += 1
             self.counters.steps += 1
         self._last_bucket = bucket_index
@@ -250,11 +299,12 @@ class MajorityVoteState:
             "world_size": world_size,
             "step": self.step,
             "seed": self.options.seed,
+            "parameters": names,
             "momentum": {names[place]: momentum for place, momentum in self._momentum.items()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, reset_momentum: bool = False) -> None:
-        """Continue, bit for bit, where :meth:`state_dict` of the same rank left off.
+        """Continue, bit for bit, where :meth:`state_dict` of the same rank left off. All ranks load, or none.
 
         Args:
             state_dict: What :meth:`state_dict` returned on this rank.
@@ -272,8 +322,8 @@ class MajorityVoteState:
         if not reset_momentum:
             checkpoint.check_rank(state_dict, *self._rank_and_world_size("load_state_dict"))
             saved = state_dict["momentum"]
-            parameters = {names[place]: parameter for parameter, place in self._places.items()}
-            checkpoint.check_momentum(saved, parameters, self.options.has_momentum, state_dict["step"])
+            shapes = {names[place]: parameter.shape for parameter, place in self._places.items()}
+            checkpoint.check_momentum(state_dict, shapes, self.options.has_momentum)
             momentum = {place: saved[name].detach().clone() for place, name in enumerate(names) if name in saved}
         self.options = replace(self.options, seed=state_dict["seed"])
         self.step = state_dict["step"]
@@ -289,23 +339,33 @@ class MajorityVoteState:
         return self._names
 
     def _rank_and_world_size(self, caller: str) -> tuple[int, int]:
-        if not dist.is_initialized():
-            raise RuntimeError(f"{caller}: torch.distributed is not initialised, so this rank is not known")
+        try:
+            self._check_process_group()
+        except RuntimeError as error:
+            raise RuntimeError(f"{caller}: this rank is not known: {error}") from None
         return dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what lives in this process: the group, the thread, the buckets, the identity of the parameters."""
+        momentum = dict(self._momentum.items())
+        if momentum and self._names is None:
+            raise RuntimeError(
+                "MajorityVoteState: a state whose parameters have no names cannot be pickled in training: nothing "
+                "would tell whose momentum is whose; use attach(ddp)"
+            )
         return {
             "options": self.options.as_dict(),
             "timeout": self.timeout,
             "implementation": self.implementation,
+            "has_group": self.process_group is not None or self._group_is_missing,
             "step": self.step,
             "names": self._names,
-            "momentum": dict(self._momentum.items()),
+            "momentum": momentum,
         }
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__init__(timeout=saved["timeout"], implementation=saved["implementation"], **saved["options"])  # type: ignore[misc]
+        self._group_is_missing = saved["has_group"]
         self.step = saved["step"]
         self._names = saved["names"]
         self._momentum = MomentumByPlace(saved["momentum"])
