@@ -1,0 +1,210 @@
+// The module signvote._limits: plain loops that move the bytes of an op and do next to nothing with them, as fast as
+// this CPU can. `signvote bench` measures the ops against them.
+//
+// The compiler makes the vector code, once for each instruction set. It is kept from turning a loop into a call of
+// memcpy or memset (see CMakeLists.txt): those change to non-temporal stores above some size, which is another limit.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__)
+#define EACH_ISA __attribute__((noinline, target_clones("avx512f", "avx2", "default")))
+#else
+#define EACH_ISA
+#endif
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define INDEPENDENT
+#endif
+#if defined(__GNUC__)
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+
+// All sizes are in words. Read words are XORed into a result that the caller must use, so that no load can be left out.
+EACH_ISA uint32_t read_words(const uint32_t* x, size_t size) {
+  uint32_t sums[64] = {};
+  size_t i = 0;
+  for (; size - i >= 64; i += 64) {
+    for (size_t j = 0; j < 64; ++j) sums[j] ^= x[i + j];
+  }
+  uint32_t sum = 0;
+  for (; i < size; ++i) sum ^= x[i];
+  for (const uint32_t part : sums) sum ^= part;
+  return sum;
+}
+
+EACH_ISA void write_words(uint32_t* out, size_t size, uint32_t value) {
+  for (size_t i = 0; i < size; ++i) out[i] = value;
+}
+
+EACH_ISA void copy_words(const uint32_t* x, uint32_t* out, size_t size) {
+  INDEPENDENT
+  for (size_t i = 0; i < size; ++i) out[i] = x[i];
+}
+
+EACH_ISA void update_words(const uint32_t* x, uint32_t* kept, size_t size) {
+  INDEPENDENT
+  for (size_t i = 0; i < size; ++i) kept[i] ^= x[i];
+}
+
+// Two words of `kept` to one of x, as for a momentum in float32 of a gradient of half the width.
+EACH_ISA void update_words_twice(const uint32_t* x, uint32_t* kept, size_t size) {
+  size_t i = 0;
+  for (; size - i >= 64; i += 64) {
+    INDEPENDENT
+    for (size_t j = 0; j < 64; ++j) kept[2 * i + j] ^= x[i + j];
+    INDEPENDENT
+    for (size_t j = 0; j < 64; ++j) kept[2 * i + 64 + j] ^= x[i + j];
+  }
+  for (; i < size; ++i) {
+    kept[2 * i] ^= x[i];
+    kept[2 * i + 1] ^= x[i];
+  }
+}
+
+constexpr size_t kRowsAtOnce = 8;
+constexpr size_t kTile = 512;  // words of out that stay in the first-level cache until all rows are in
+
+template <size_t kRows, bool kFirst>
+INLINE void xor_tile(const uint32_t* const* rows, uint32_t* out, size_t begin, size_t end) {
+  const uint32_t* row[kRows];
+  for (size_t k = 0; k < kRows; ++k) row[k] = rows[k];
+  INDEPENDENT
+  for (size_t i = begin; i < end; ++i) {
+    uint32_t sum = kFirst ? 0 : out[i];
+    for (size_t k = 0; k < kRows; ++k) sum ^= row[k][i];
+    out[i] = sum;
+  }
+}
+
+template <bool kFirst>
+INLINE void xor_some(const uint32_t* const* rows, size_t num_rows, uint32_t* out, size_t begin, size_t end) {
+  switch (num_rows) {
+    case 1:
+      return xor_tile<1, kFirst>(rows, out, begin, end);
+    case 2:
+      return xor_tile<2, kFirst>(rows, out, begin, end);
+    case 3:
+      return xor_tile<3, kFirst>(rows, out, begin, end);
+    case 4:
+      return xor_tile<4, kFirst>(rows, out, begin, end);
+    case 5:
+      return xor_tile<5, kFirst>(rows, out, begin, end);
+    case 6:
+      return xor_tile<6, kFirst>(rows, out, begin, end);
+    case 7:
+      return xor_tile<7, kFirst>(rows, out, begin, end);
+    default:
+      return xor_tile<8, kFirst>(rows, out, begin, end);
+  }
+}
+
+EACH_ISA void xor_words(const uint32_t* const* rows, size_t num_rows, uint32_t* out, size_t size) {
+  if (num_rows <= kRowsAtOnce) return xor_some<true>(rows, num_rows, out, 0, size);
+  for (size_t begin = 0; begin < size; begin += kTile) {
+    const size_t end = size - begin < kTile ? size : begin + kTile;
+    xor_some<true>(rows, kRowsAtOnce, out, begin, end);
+    for (size_t row = kRowsAtOnce; row < num_rows; row += kRowsAtOnce) {
+      const size_t left = num_rows - row;
+      xor_some<false>(rows + row, left < kRowsAtOnce ? left : kRowsAtOnce, out, begin, end);
+    }
+  }
+}
+
+// The words of a contiguous array.
+struct Words {
+  uint32_t* data;
+  size_t size;
+};
+
+Words to_words(const py::array& array) {
+  if ((array.flags() & py::array::c_style) == 0) throw py::value_error("expected contiguous arrays");
+  if (array.nbytes() % 4 != 0) throw py::value_error("expected arrays of whole words");
+  return {static_cast<uint32_t*>(const_cast<void*>(array.data())), static_cast<size_t>(array.nbytes()) / 4};
+}
+
+Words to_out(const py::array& array) {
+  if (!array.writeable()) throw py::value_error("expected a writable out");
+  return to_words(array);
+}
+
+std::vector<const uint32_t*> to_rows(const py::list& arrays, size_t size) {
+  if (arrays.size() == 0) throw py::value_error("expected at least one row");
+  std::vector<const uint32_t*> rows;
+  for (const py::handle array : arrays) {
+    const Words row = to_words(py::cast<py::array>(array));
+    if (row.size != size) throw py::value_error("expected rows as long as out");
+    rows.push_back(row.data);
+  }
+  return rows;
+}
+
+uint32_t read_array(const py::array& x) {
+  const Words words = to_words(x);
+  const py::gil_scoped_release release;
+  return read_words(words.data, words.size);
+}
+
+void write_array(const py::array& out, uint32_t value) {
+  const Words words = to_out(out);
+  const py::gil_scoped_release release;
+  write_words(words.data, words.size, value);
+}
+
+void copy_array(const py::array& x, const py::array& out) {
+  const Words from = to_words(x), to = to_out(out);
+  if (from.size != to.size) throw py::value_error("expected an out as long as x");
+  const py::gil_scoped_release release;
+  copy_words(from.data, to.data, to.size);
+}
+
+void update_array(const py::array& x, const py::array& kept) {
+  const Words from = to_words(x), to = to_out(kept);
+  if (to.size != from.size && to.size != 2 * from.size) {
+    throw py::value_error("expected a kept as long as x, or twice as long");
+  }
+  const py::gil_scoped_release release;
+  if (to.size == from.size) {
+    update_words(from.data, to.data, from.size);
+  } else {
+    update_words_twice(from.data, to.data, from.size);
+  }
+}
+
+void xor_rows(const py::list& rows, const py::array& out) {
+  const Words to = to_out(out);
+  const std::vector<const uint32_t*> from = to_rows(rows, to.size);
+  const py::gil_scoped_release release;
+  xor_words(from.data(), from.size(), to.data, to.size);
+}
+
+void read_rows_then_write(const py::list& rows, const py::array& out) {
+  const Words to = to_out(out);
+  const std::vector<const uint32_t*> from = to_rows(rows, to.size);
+  const py::gil_scoped_release release;
+  uint32_t sum = 0;
+  for (const uint32_t* row : from) sum ^= read_words(row, to.size);
+  write_words(to.data, to.size, sum);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_limits, module) {
+  module.doc() = "Plain loops over memory, to measure the ops against; not part of the API.";
+  module.def("read", &read_array, py::arg("x").noconvert());
+  module.def("write", &write_array, py::arg("out").noconvert(), py::arg("value"));
+  module.def("copy", &copy_array, py::arg("x").noconvert(), py::arg("out").noconvert());
+  module.def("update", &update_array, py::arg("x").noconvert(), py::arg("kept").noconvert());
+  module.def("xor_rows", &xor_rows, py::arg("rows"), py::arg("out").noconvert());
+  module.def("read_rows_then_write", &read_rows_then_write, py::arg("rows"), py::arg("out").noconvert());
+}
