@@ -15,11 +15,11 @@ import torch
 
 import signvote
 from signvote.cli.bench import report, results
-from signvote.cli.bench.bars import Bar, bars
+from signvote.cli.bench.bars import Bar, judge
 from signvote.cli.bench.cases import DTYPES, OPS, ROWS, Case, Data, Options, contenders
 from signvote.cli.bench.expected import WrongResultError
 from signvote.cli.bench.machine import load, machine, versions
-from signvote.cli.bench.measure import measure, no_garbage_collection
+from signvote.cli.bench.measure import no_garbage_collection, take_turns
 from signvote.cli.bench.results import Result
 
 SIZES = (1, 26, 256)  # MB of float32, or as many coordinates of another dtype
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     facts["seconds"] = round(time.perf_counter() - begin, 1)
     best = (options.implementation or signvote.implementations())[0]
-    lines = bars(measured, best)
+    lines = judge(measured, best)
     print_report(options, measured, lines)
     print(f"\n{len(measured)} results, all checked before they were timed, in {facts['seconds']:.0f} s.")
     try:
@@ -154,7 +154,7 @@ def measure_case(case: Case, data: Data, options: argparse.Namespace) -> list[Re
     for contender in field:
         if contender.check is not None:
             contender.check()
-    measure(field, QUICK_SECONDS if options.quick else SECONDS)
+    take_turns(field, QUICK_SECONDS if options.quick else SECONDS)
     return results.results_of(case, field, size)
 
 

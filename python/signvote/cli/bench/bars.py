@@ -40,7 +40,7 @@ class Bar:
         return self.measured.low >= self.least or self.measured.high < self.least
 
 
-def bars(results: Sequence[Result], best: str) -> list[Bar]:
+def judge(results: Sequence[Result], best: str) -> list[Bar]:
     """Those that the results can answer, for the implementation ``best``."""
     ops = [result for result in results if result.kind == "op"]
     return [

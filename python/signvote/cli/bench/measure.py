@@ -67,7 +67,7 @@ def times_faster(contender: Contender, than: Contender) -> Spread:
     return Spread.of([than.nearest(turn) / seconds for turn, seconds in contender.samples.items()])
 
 
-def measure(contenders: Sequence[Contender], seconds: float) -> None:
+def take_turns(contenders: Sequence[Contender], seconds: float) -> None:
     """Fill ``samples`` of all contenders, in about ``seconds`` or the least number of rounds.
 
     With the garbage collector off: see :func:`no_garbage_collection`.

@@ -45,6 +45,9 @@ def write_bandwidth(path: Path, results: Sequence[Result], machine: str) -> None
         for name, line in _by_name(some, "peer"):
             _line(axes, line, "megabytes", name, PEERS[name], "--")
         axes.set(title=title, xlabel="MB of float32", xscale="log")
+        sizes = sorted({r.megabytes for r in some})
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="GB/s, one thread", ylim=(0, None))
     panels[0].legend(fontsize="small")
