@@ -23,7 +23,7 @@ from signvote.cli.bench.measure import Contender, Spread
 from signvote.cli.bench.results import Result
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--size", "0.01", "--rows", "3", "8"]
+SMALL = ["--size", "0.01", "--rows", "3", "8", "--threads", "1", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +45,9 @@ def test_run_shows_and_writes_all_there_is(run: tuple[str, Path]) -> None:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     for name in signvote.implementations():
         for what in ("pack_signs bfloat16", "pack_signs float32 zeros", "unpack_signs float64", "majority_vote M=8"):
-            (line,) = [line for line in printed.splitlines() if line.split("  ")[0] == what and f" {name} " in line]
-            assert re.search(r" 1  " + name + r" +[\d.]+ +[\d.]+ +\d\.\d\d  \d\.\d\d-\d\.\d\d", line)
+            lines = [line for line in printed.splitlines() if line.split("  ")[0] == what and f" 1  {name} " in line]
+            assert len(lines) == 1
+            assert re.search(name + r" +[\d.]+ +[\d.]+ +\d\.\d\d  \d\.\d\d-\d\.\d\d", lines[0])
 
     facts, measured = results.read(folder / "bench.json")
     assert facts["machine"]["cpu"]
@@ -260,6 +261,14 @@ def test_bar_of_an_op(changes: dict[str, Any], least: float) -> None:
     assert bars.judge([some_result(**changes, name="avx2")], "avx512") == []
 
 
+def test_bar_of_two_threads_shows_what_they_bring_the_limit() -> None:
+    op = some_result(threads=2, ratios={"limit": Spread(1, 1, 1), "one thread": Spread(1.8, 1.8, 1.8)})
+    limit = some_result(kind="limit", name="read", threads=2, ratios={"one thread": Spread(1.9, 1.9, 1.9)})
+    (bar,) = bars.judge([op, limit], "avx512")
+    assert (bar.least, bar.met, bar.note) == (1.7, True, "plain read: 1.90")
+    assert bars.judge([replace(op, coordinates=999_999), limit], "avx512") == []
+
+
 def test_bar_of_the_codec_counts_a_copy_and_a_quarter_of_a_nanosecond() -> None:
     codec = some_result(op="codec", threads=2, seconds=Spread(6.5e-3 * 0.35, 2e-3, 3e-3))
     copy = some_result(op="codec", kind="limit", name="copy", threads=2, nanoseconds_per_coordinate=0.5, ratios={})
@@ -314,6 +323,30 @@ def test_limits_touch_every_word(size: int) -> None:
     _limits.update(rows[0], twice)
     assert np.count_nonzero(twice) == 2 * size
     np.testing.assert_array_equal(np.sort(twice), np.sort(np.repeat(rows[0], 2)))
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_threads_share_the_words_of_a_limit(num_threads: int) -> None:
+    size = (1 << 20) + 77  # enough for several threads
+    rng = np.random.default_rng(3)
+    rows = list(rng.integers(0, 2**32, (3, size), np.uint32))
+    sum_of_rows = np.bitwise_xor.reduce(rows)
+    out = np.zeros(size, np.uint32)
+    assert _limits.read(rows[0], num_threads) == np.bitwise_xor.reduce(rows[0])
+    _limits.xor_rows(rows, out, num_threads)
+    np.testing.assert_array_equal(out, sum_of_rows)
+    _limits.copy(rows[0], out, num_threads)
+    np.testing.assert_array_equal(out, rows[0])
+    _limits.update(rows[1], out, num_threads)
+    np.testing.assert_array_equal(out, rows[0] ^ rows[1])
+    twice = np.zeros(2 * size, np.uint32)
+    _limits.update(rows[0], twice, num_threads)
+    np.testing.assert_array_equal(np.sort(twice), np.sort(np.repeat(rows[0], 2)))
+    _limits.write(out, 5, num_threads)
+    assert (out == 5).all()
+    _limits.read_rows_then_write(rows, out, num_threads)
+    words_read = [np.bitwise_xor.reduce(part) for part in np.split(sum_of_rows, np.flatnonzero(np.diff(out)) + 1)]
+    np.testing.assert_array_equal(out[[0, *(np.flatnonzero(np.diff(out)) + 1)]], words_read)
 
 
 def test_limits_refuse_what_does_not_fit() -> None:

@@ -1,12 +1,17 @@
 // The module signvote._limits: plain loops that move the bytes of an op and do next to nothing with them, as fast as
 // this CPU can. `signvote bench` measures the ops against them.
 //
-// The compiler makes the vector code, once for each instruction set. It is kept from turning a loop into a call of
-// memcpy or memset (see CMakeLists.txt): those change to non-temporal stores above some size, which is another limit.
+// Threads are those of the ops (cpu/parallel.h). The compiler makes the vector code, once for each instruction set. It
+// is kept from turning a loop into a call of memcpy or memset (see CMakeLists.txt): those change to non-temporal stores
+// above some size, which is another limit.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <atomic>
 #include <vector>
+
+#include "cpu/parallel.h"
 
 namespace py = pybind11;
 
@@ -136,62 +141,92 @@ std::vector<const uint32_t*> to_rows(const py::list& arrays, size_t size) {
   return rows;
 }
 
-uint32_t read_array(const py::array& x) {
+// work(begin, end) on parts of `size` words, on as many threads as an op on as much memory would have. A part is large
+// even if an op's would not be, so that a row is read in one go.
+template <class Work>
+void for_each_part(size_t size, size_t bits_per_word, size_t num_threads, const Work& work) {
+  signvote::Split split = signvote::split(size, bits_per_word, num_threads);
+  if (split.num_threads > 1) split.step = std::max(split.step, size / (8 * split.num_threads) / 64 * 64);
+  signvote::parallel(split, [&](signvote::Ranges& ranges, size_t) {
+    for (signvote::Range range; ranges.next(&range);) work(range.begin, range.end);
+  });
+}
+
+uint32_t read_array(const py::array& x, size_t num_threads) {
   const Words words = to_words(x);
   const py::gil_scoped_release release;
-  return read_words(words.data, words.size);
+  std::atomic<uint32_t> sum{0};
+  for_each_part(words.size, 32, num_threads,
+                [&](size_t begin, size_t end) { sum ^= read_words(words.data + begin, end - begin); });
+  return sum;
 }
 
-void write_array(const py::array& out, uint32_t value) {
+void write_array(const py::array& out, uint32_t value, size_t num_threads) {
   const Words words = to_out(out);
   const py::gil_scoped_release release;
-  write_words(words.data, words.size, value);
+  for_each_part(words.size, 32, num_threads,
+                [&](size_t begin, size_t end) { write_words(words.data + begin, end - begin, value); });
 }
 
-void copy_array(const py::array& x, const py::array& out) {
+void copy_array(const py::array& x, const py::array& out, size_t num_threads) {
   const Words from = to_words(x), to = to_out(out);
   if (from.size != to.size) throw py::value_error("expected an out as long as x");
   const py::gil_scoped_release release;
-  copy_words(from.data, to.data, to.size);
+  for_each_part(to.size, 64, num_threads,
+                [&](size_t begin, size_t end) { copy_words(from.data + begin, to.data + begin, end - begin); });
 }
 
-void update_array(const py::array& x, const py::array& kept) {
+void update_array(const py::array& x, const py::array& kept, size_t num_threads) {
   const Words from = to_words(x), to = to_out(kept);
   if (to.size != from.size && to.size != 2 * from.size) {
     throw py::value_error("expected a kept as long as x, or twice as long");
   }
   const py::gil_scoped_release release;
   if (to.size == from.size) {
-    update_words(from.data, to.data, from.size);
+    for_each_part(from.size, 96, num_threads,
+                  [&](size_t begin, size_t end) { update_words(from.data + begin, to.data + begin, end - begin); });
   } else {
-    update_words_twice(from.data, to.data, from.size);
+    for_each_part(from.size, 160, num_threads, [&](size_t begin, size_t end) {
+      update_words_twice(from.data + begin, to.data + 2 * begin, end - begin);
+    });
   }
 }
 
-void xor_rows(const py::list& rows, const py::array& out) {
-  const Words to = to_out(out);
-  const std::vector<const uint32_t*> from = to_rows(rows, to.size);
-  const py::gil_scoped_release release;
-  xor_words(from.data(), from.size(), to.data, to.size);
+std::vector<const uint32_t*> from_word(std::vector<const uint32_t*> rows, size_t begin) {
+  for (const uint32_t*& row : rows) row += begin;
+  return rows;
 }
 
-void read_rows_then_write(const py::list& rows, const py::array& out) {
+void xor_rows(const py::list& rows, const py::array& out, size_t num_threads) {
   const Words to = to_out(out);
   const std::vector<const uint32_t*> from = to_rows(rows, to.size);
   const py::gil_scoped_release release;
-  uint32_t sum = 0;
-  for (const uint32_t* row : from) sum ^= read_words(row, to.size);
-  write_words(to.data, to.size, sum);
+  for_each_part(to.size, 32 * (from.size() + 1), num_threads, [&](size_t begin, size_t end) {
+    xor_words(from_word(from, begin).data(), from.size(), to.data + begin, end - begin);
+  });
+}
+
+void read_rows_then_write(const py::list& rows, const py::array& out, size_t num_threads) {
+  const Words to = to_out(out);
+  const std::vector<const uint32_t*> from = to_rows(rows, to.size);
+  const py::gil_scoped_release release;
+  for_each_part(to.size, 32 * (from.size() + 1), num_threads, [&](size_t begin, size_t end) {
+    uint32_t sum = 0;
+    for (const uint32_t* row : from) sum ^= read_words(row + begin, end - begin);
+    write_words(to.data + begin, end - begin, sum);
+  });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_limits, module) {
   module.doc() = "Plain loops over memory, to measure the ops against; not part of the API.";
-  module.def("read", &read_array, py::arg("x").noconvert());
-  module.def("write", &write_array, py::arg("out").noconvert(), py::arg("value"));
-  module.def("copy", &copy_array, py::arg("x").noconvert(), py::arg("out").noconvert());
-  module.def("update", &update_array, py::arg("x").noconvert(), py::arg("kept").noconvert());
-  module.def("xor_rows", &xor_rows, py::arg("rows"), py::arg("out").noconvert());
-  module.def("read_rows_then_write", &read_rows_then_write, py::arg("rows"), py::arg("out").noconvert());
+  module.def("read", &read_array, py::arg("x").noconvert(), py::arg("num_threads") = 1);
+  module.def("write", &write_array, py::arg("out").noconvert(), py::arg("value"), py::arg("num_threads") = 1);
+  module.def("copy", &copy_array, py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("num_threads") = 1);
+  module.def("update", &update_array, py::arg("x").noconvert(), py::arg("kept").noconvert(),
+             py::arg("num_threads") = 1);
+  module.def("xor_rows", &xor_rows, py::arg("rows"), py::arg("out").noconvert(), py::arg("num_threads") = 1);
+  module.def("read_rows_then_write", &read_rows_then_write, py::arg("rows"), py::arg("out").noconvert(),
+             py::arg("num_threads") = 1);
 }

@@ -18,13 +18,14 @@ from signvote.cli.bench import report, results
 from signvote.cli.bench.bars import Bar, judge
 from signvote.cli.bench.cases import DTYPES, OPS, ROWS, Case, Data, Options, contenders
 from signvote.cli.bench.expected import WrongResultError
-from signvote.cli.bench.machine import load, machine, versions
+from signvote.cli.bench.machine import load, machine, usable_cpus, versions
 from signvote.cli.bench.measure import no_garbage_collection, take_turns
 from signvote.cli.bench.results import Result
 
 SIZES = (1, 26, 256)  # MB of float32, or as many coordinates of another dtype
 BIG_SIZES = (26, 256)  # those with a bar
 MORE_SIZES = (0.1, 4, 64)  # float32 only, for the plot
+THREADS_SIZE = 4  # a million coordinates, from where on a second thread has its bar
 SECONDS = 0.3  # for each case, unless the fewest rounds take longer
 QUICK_SECONDS = 0.15
 
@@ -42,6 +43,7 @@ def add_parser(commands: Any) -> None:
     add("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"only these of {', '.join(DTYPES)}")
     add("--rows", nargs="+", type=positive, metavar="M", help="numbers of workers in a vote, instead of all the usual")
     add("--size", nargs="+", type=megabytes, metavar="MB", help="MB of float32, or as many coordinates of others")
+    add("--threads", nargs="+", type=positive, metavar="N", help="threads [1, 2 and all CPUs]")
     add("--implementation", nargs="+", choices=signvote.implementations(), metavar="NAME", help="only these")
     add("--json", type=Path, metavar="PATH", help="write the results there")
     add("--out", type=Path, metavar="DIR", help="folder for bench.json and the plots [signvote-bench]")
@@ -117,10 +119,12 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
             if dtype == "float32":
                 cases.append(Case("codec", size))
             cases.append(Case("pack_signs", size, dtype, zeros="third"))
-    if options.size is None and not options.quick:
-        for size in MORE_SIZES:
-            cases += [Case(op, size) for op in ("pack_signs", "pack_momentum", "unpack_signs")]
-            cases.append(Case("pack_signs", size, zeros="third"))
+    more = () if options.size else (THREADS_SIZE,) if options.quick else MORE_SIZES
+    for size in more:
+        cases += [Case(op, size) for op in ("pack_signs", "pack_momentum", "unpack_signs")]
+        cases.append(Case("pack_signs", size, zeros="third"))
+    if THREADS_SIZE in more:
+        cases.append(Case("majority_vote", THREADS_SIZE, rows=8))
     for size in sizes:
         # The most rows first: the others take some of them.
         cases += [Case("majority_vote", size, rows=rows) for rows in sorted(options.rows or ROWS, reverse=True)]
@@ -160,12 +164,13 @@ def measure_case(case: Case, data: Data, options: argparse.Namespace) -> list[Re
 
 def who(case: Case, options: argparse.Namespace) -> Options:
     implementations = options.implementation or signvote.implementations()
-    if options.quick:
-        # AVX2 has its bar at 26 MB, and the others have none.
-        kept = implementations[:1] + [name for name in implementations[1:] if name == "avx2" and case.megabytes == 26]
-        with_peers = case.dtype == "float32" and case.megabytes == 26 and case.rows in (None, 3, 8)
-        return Options(kept, with_peers=with_peers)
-    return Options(implementations)
+    threads = options.threads or sorted({1, min(2, usable_cpus()), usable_cpus()})
+    if not options.quick:
+        return Options([(name, number) for name in implementations for number in threads])
+    pairs = [(implementations[0], number) for number in threads if number <= 2]
+    if case.megabytes == 26:  # where AVX2 has its bar, and numpy
+        pairs += [(name, 1) for name in implementations[1:] if name == "avx2"]
+    return Options(pairs, with_peers=case.megabytes == 26 and case.dtype == "float32" and case.rows in (None, 3, 8))
 
 
 def progress(text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from signvote.cli.bench.measure import Spread
 from signvote.cli.bench.results import Result
@@ -45,7 +45,7 @@ def judge(results: Sequence[Result], best: str) -> list[Bar]:
     ops = [result for result in results if result.kind == "op"]
     return [
         *_against_limits([op for op in ops if (op.name, op.threads) == (best, 1)]),
-        *_against_one_thread([op for op in ops if (op.name, op.threads) == (best, 2)]),
+        *_against_one_thread([op for op in ops if (op.name, op.threads) == (best, 2)], results),
         *_against_numpy([op for op in ops if (op.name, op.threads) == (best, 1)]),
         *_avx2([op for op in ops if (op.name, op.threads) == ("avx2", 1)]),
         *_codec([op for op in ops if (op.name, op.threads) == (best, 2)], results),
@@ -77,11 +77,14 @@ def _against_limits(ops: Sequence[Result]) -> Iterator[Bar]:
         yield Bar(group, _what(op), op.megabytes, op.ratios["limit"], least, note)
 
 
-def _against_one_thread(ops: Sequence[Result]) -> Iterator[Bar]:
+def _against_one_thread(ops: Sequence[Result], results: Sequence[Result]) -> Iterator[Bar]:
+    limits = {result.key: result for result in results if result.kind == "limit"}
     for op in ops:
         if op.coordinates >= MANY_COORDINATES and "one thread" in op.ratios and op.op != "codec":
             zeros = ", a third zeros" if op.zeros == "third" else ""
-            yield Bar("two threads against one", _what(op) + zeros, op.megabytes, op.ratios["one thread"], 1.7)
+            limit = limits[replace(op, kind="limit", name=op.limit or "").key]
+            note = f"{LIMITS[limit.name]}: {limit.ratios['one thread'].median:.2f}"
+            yield Bar("two threads against one", _what(op) + zeros, op.megabytes, op.ratios["one thread"], 1.7, note)
 
 
 def _against_numpy(ops: Sequence[Result]) -> Iterator[Bar]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,18 +123,12 @@ class Data:
         return self._rows[1][:num_rows]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Options:
-    """Who takes part."""
+    """Who takes part: implementations with their numbers of threads, and peers or not."""
 
-    implementations: Sequence[str]
-    threads: Sequence[int] = (1,)
+    implementations: Sequence[tuple[str, int]]
     with_peers: bool = True
-
-    def pairs(self) -> Iterator[tuple[str, int]]:
-        for name in self.implementations:
-            for threads in self.threads:
-                yield name, threads
 
 
 def contenders(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
@@ -150,12 +145,12 @@ class _Field:
 
     def ops(self, call: Callable[..., object], check: Callable[[str], None]) -> None:
         """``call`` takes the options of an op; ``check`` is handed the label, after the call."""
-        for name, threads in self.options.pairs():
+        for name, threads in self.options.implementations:
             self._add("op", name, threads, self._bind(call, name, threads), check)
 
-    def limit(self, name: str, call: Callable[[], object]) -> None:
-        for threads in self.options.threads:
-            self._add("limit", name, threads, call, None)
+    def limit(self, name: str, call: Callable[[int], object]) -> None:
+        for threads in sorted({threads for _, threads in self.options.implementations}):
+            self._add("limit", name, threads, functools.partial(call, threads), None)
 
     def peer(self, name: str, call: Callable[[], object], check: Callable[[str], None]) -> None:
         if self.options.with_peers and self.case.numel * (self.case.rows or 1) <= MOST_PEER_BITS:
@@ -163,7 +158,7 @@ class _Field:
 
     @staticmethod
     def _bind(call: Callable[..., object], name: str, threads: int) -> Callable[[], object]:
-        return lambda: call(implementation=name)
+        return lambda: call(implementation=name, num_threads=threads)
 
     def _add(
         self, kind: str, name: str, threads: int, call: Callable[[], object], check: Callable[[str], None] | None
@@ -189,7 +184,7 @@ def _pack_signs(case: Case, data: Data, options: Options) -> tuple[list[Contende
     argument, words = as_argument(x), words_like(x, out)
     field = _Field(case, options)
     field.ops(lambda **how: ops.pack_signs(argument, seed=SEED, out=words, **how), check)
-    field.limit("read", lambda: _limits.read(x))
+    field.limit("read", lambda threads: _limits.read(x, threads))
     if case.zeros == "none":
         tensor, tensor_out = as_tensor(x), as_tensor(out)
         signs = expected.pack_signs(x, None)
@@ -226,7 +221,7 @@ def _pack_momentum(case: Case, data: Data, options: Options) -> tuple[list[Conte
     )
     # XOR leaves numbers of any kind: it has a momentum of its own.
     kept = aligned(case.numel, m.dtype)
-    field.limit("update", lambda: _limits.update(x, kept))
+    field.limit("update", lambda threads: _limits.update(x, kept, threads))
 
     def check_roughly(label: str) -> None:
         if not np.allclose(m, right, rtol=1e-3, atol=1e-6):
@@ -256,7 +251,7 @@ def _unpack_signs(case: Case, data: Data, options: Options) -> tuple[list[Conten
     argument, target = words_like(out, words), as_argument(out)
     field = _Field(case, options)
     field.ops(lambda **how: ops.unpack_signs(argument, case.numel, scale=SCALE, out=target, **how), check)
-    field.limit("write", lambda: _limits.write(out, 1))
+    field.limit("write", lambda threads: _limits.write(out, 1, threads))
     tensor, tensor_out = as_tensor(words), as_tensor(out)
     if case.dtype != "bfloat16":
         field.peer("numpy", lambda: peers.numpy_unpack(words, SCALE, out), check)
@@ -281,8 +276,8 @@ def _majority_vote(case: Case, data: Data, options: Options) -> tuple[list[Conte
     field = _Field(case, options)
     field.ops(lambda **how: ops.majority_vote(rows, seed=SEED, numel=case.numel, out=out, **how), check)
     row_list = list(rows)
-    field.limit("xor_rows", lambda: _limits.xor_rows(row_list, out))
-    field.limit("read_rows_then_write", lambda: _limits.read_rows_then_write(row_list, out))
+    field.limit("xor_rows", lambda threads: _limits.xor_rows(row_list, out, threads))
+    field.limit("read_rows_then_write", lambda threads: _limits.read_rows_then_write(row_list, out, threads))
     if case.numel * case.rows <= MOST_PEER_BITS and options.with_peers:
         signs = torch.from_numpy((2 * expected.unpack_bits(rows, case.numel) - 1).view(np.int8))
         majority = torch.empty(case.numel, dtype=torch.int16)
@@ -320,7 +315,7 @@ def _codec(case: Case, data: Data, options: Options) -> tuple[list[Contender], i
 
     field = _Field(case, options)
     field.ops(codec, check)
-    field.limit("copy", lambda: _limits.copy(x, bucket))
+    field.limit("copy", lambda threads: _limits.copy(x, bucket, threads))
     return field.contenders, x.nbytes + bucket.nbytes
 
 

@@ -16,7 +16,11 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Result:
-    """A contender of a case. Ratios say how many times faster it is: than a limit (at most about 1) or a peer."""
+    """A contender of a case.
+
+    Ratios say how many times faster it is: than the limit (at most about 1), a peer, another implementation, itself
+    with one thread.
+    """
 
     op: str
     dtype: str
@@ -56,17 +60,18 @@ def _result(case: Case, contender: Contender, contenders: Sequence[Contender], s
     seconds = contender.spread()
     limit = None
     ratios: dict[str, Spread] = {}
+    for other in contenders:
+        if (other.kind, other.name, other.threads) == (contender.kind, contender.name, 1) and contender.threads > 1:
+            ratios["one thread"] = times_faster(contender, other)
     if contender.kind == "op":
         limits = [other for other in contenders if other.kind == "limit" and other.threads == contender.threads]
         fastest = min(limits, key=lambda other: other.spread().median)
         limit = fastest.name
         ratios["limit"] = times_faster(contender, fastest)
         for other in contenders:
-            if other.kind == "peer" or (other.kind == "op" and other.name != contender.name):
-                if other.threads == contender.threads:
-                    ratios[other.name] = times_faster(contender, other)
-            elif other.kind == "op" and other.threads == 1 < contender.threads:
-                ratios["one thread"] = times_faster(contender, other)
+            another = other.kind == "peer" or (other.kind == "op" and other.name != contender.name)
+            if another and other.threads == contender.threads:
+                ratios[other.name] = times_faster(contender, other)
     return Result(
         op=case.op,
         dtype=case.dtype,
