@@ -39,11 +39,11 @@ def write_bandwidth(path: Path, results: Sequence[Result], machine: str) -> None
     panels = figure.subplots(1, len(PANELS), sharey=True)
     for axes, (op, zeros, limit, title) in zip(panels, PANELS, strict=True):
         some = [r for r in results if (r.op, r.zeros, r.dtype, r.threads) == (op, zeros, "float32", 1)]
-        _limit_line(axes, [r for r in some if r.name == limit], "megabytes", "limit: a plain loop")
+        _limit_line(axes, [r for r in some if r.name == limit], _megabytes, "limit: a plain loop")
         for name, line in _by_name(some, "op"):
-            _line(axes, line, "megabytes", name, COLOURS.get(name, "black"))
+            _line(axes, line, _megabytes, name, COLOURS.get(name, "black"))
         for name, line in _by_name(some, "peer"):
-            _line(axes, line, "megabytes", name, PEERS[name], "--")
+            _line(axes, line, _megabytes, name, PEERS[name], "--")
         axes.set(title=title, xlabel="MB of float32", xscale="log")
         sizes = sorted({r.megabytes for r in some})
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
@@ -57,29 +57,33 @@ def write_bandwidth(path: Path, results: Sequence[Result], machine: str) -> None
 
 def write_votes(path: Path, results: Sequence[Result], machine: str) -> None:
     votes = [r for r in results if r.op == "majority_vote" and r.threads == 1]
-    sizes = sorted({r.megabytes for r in votes})
-    size = min(sizes, key=lambda megabytes: abs(megabytes - 26))
+    size = min({r.megabytes for r in votes}, key=lambda megabytes: abs(megabytes - 26))
     votes = [r for r in votes if r.megabytes == size]
+    ticks = sorted({r.rows for r in votes if r.rows is not None})
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     linear, logarithmic = figure.subplots(1, 2)
     for axes in (linear, logarithmic):
-        for name, line in _by_name(votes, "op"):
-            if axes is logarithmic or name != "portable":
-                _line(axes, line, "rows", name, COLOURS.get(name, "black"))
-        ticks = sorted({r.rows for r in votes if r.rows is not None})
-        axes.set(xlabel="workers M", xscale="log")
-        axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize="x-small")
-        axes.minorticks_off()
+        axes.set(xlabel="workers M", ylabel="GB/s of words read and written")
+        axes.set_xticks(range(len(ticks)), [str(tick) for tick in ticks])
         axes.grid(alpha=0.3)
-    _limit_line(linear, [r for r in votes if r.name == "xor_rows"], "rows", "limit: XOR of the rows")
-    _limit_line(
-        linear, [r for r in votes if r.name == "read_rows_then_write"], "rows", "limit: read the rows, then write", ":"
-    )
+
+    def place(result: Result) -> float:
+        return ticks.index(result.rows or 0)
+
+    for name, line in _by_name(votes, "op"):
+        if name != "portable":
+            _line(linear, line, place, name, COLOURS.get(name, "black"))
+        _line(logarithmic, line, place, name, COLOURS.get(name, "black"))
+    for name, label, style in (
+        ("xor_rows", "limit: XOR of the rows", "--"),
+        ("read_rows_then_write", "limit: read the rows, then write", ":"),
+    ):
+        _limit_line(linear, [r for r in votes if r.name == name], place, label, style)
     for name, line in _by_name(votes, "peer"):
-        _line(logarithmic, line, "rows", name, PEERS[name], "--")
-    linear.set(ylabel="GB/s of words read and written", ylim=(0, None), title="against the limits")
-    logarithmic.set(ylabel="GB/s of words read and written", yscale="log", title="against numpy and torch")
+        _line(logarithmic, line, place, name, PEERS[name], "--")
+    linear.set(ylim=(0, None), title="against the limits")
+    logarithmic.set(yscale="log", title="against numpy and torch")
     linear.legend()
     logarithmic.legend()
     figure.suptitle(f"majority_vote on the words of {size:g} MB of float32, one thread, {machine}", fontsize="medium")
@@ -91,20 +95,23 @@ def _by_name(results: Sequence[Result], kind: str) -> list[tuple[str, list[Resul
     return [(name, [r for r in results if (r.kind, r.name) == (kind, name)]) for name in names]
 
 
-def _line(axes: Axes, line: Sequence[Result], x: str, label: str, colour: str, style: str = "-") -> None:
-    line = sorted(line, key=_place(x))
-    places = [_place(x)(r) for r in line]
+Place = Callable[[Result], float]
+
+
+def _line(axes: Axes, line: Sequence[Result], place: Place, label: str, colour: str, style: str = "-") -> None:
+    line = sorted(line, key=place)
+    places = [place(r) for r in line]
     axes.plot(places, [r.gigabytes_per_second for r in line], style, marker=".", label=label, color=colour)
     low = [r.bytes / r.seconds.high * 1e-9 for r in line]
     high = [r.bytes / r.seconds.low * 1e-9 for r in line]
     axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _limit_line(axes: Axes, line: Sequence[Result], x: str, label: str, style: str = "--") -> None:
-    line = sorted(line, key=_place(x))
-    places = [_place(x)(r) for r in line]
+def _limit_line(axes: Axes, line: Sequence[Result], place: Place, label: str, style: str = "--") -> None:
+    line = sorted(line, key=place)
+    places = [place(r) for r in line]
     axes.plot(places, [r.gigabytes_per_second for r in line], style, label=label, color="black", linewidth=2)
 
 
-def _place(x: str) -> Callable[[Result], float]:
-    return lambda result: float(getattr(result, x))
+def _megabytes(result: Result) -> float:
+    return result.megabytes
