@@ -167,7 +167,9 @@ def who(case: Case, options: argparse.Namespace) -> Options:
     threads = options.threads or sorted({1, min(2, usable_cpus()), usable_cpus()})
     if not options.quick:
         return Options([(name, number) for name in implementations for number in threads])
-    pairs = [(implementations[0], number) for number in threads if number <= 2]
+    # Above 26 MB a second thread is shown for a few only, for the sake of time.
+    several = case.megabytes <= 26 or (case.dtype == "float32" and case.rows in (None, 8))
+    pairs = [(implementations[0], number) for number in threads if number <= (2 if several else 1)]
     if case.megabytes == 26:  # where AVX2 has its bar, and numpy
         pairs += [(name, 1) for name in implementations[1:] if name == "avx2"]
     return Options(pairs, with_peers=case.megabytes == 26 and case.dtype == "float32" and case.rows in (None, 3, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 from signvote.cli.bench.bars import LIMITS, Bar
@@ -95,55 +96,51 @@ def _align(rows: Iterable[list[str] | None], left: Sequence[int], skip: str | No
 
 
 def compare(old: Sequence[Result], new: Sequence[Result]) -> str:
-    """What changed by more than the noise, the surest change first.
+    """Which ops changed by more than the noise, the surest change first.
 
-    Ops are compared by their ratio to the limit, so that a machine that is slower today changes nothing; limits and
-    peers by their time.
+    They are compared by their ratio to the limit, so that a machine that is slower today changes nothing. How many of
+    the limits and peers changed says how much the machine did.
     """
     before = {result.key: result for result in old}
     pairs = [(before[result.key], result) for result in new if result.key in before]
-    if not pairs:
-        return "The two runs have nothing in common."
-    changes = []
-    for was, now in pairs:
-        (what, first, second) = _compared(was, now)
-        factor = second.median / first.median
-        noise = math.hypot(_relative(first), _relative(second), RUN_NOISE)
-        changes.append((abs(math.log(factor)) / noise, factor, noise, now, what, first, second))
-    changed = sorted((change for change in changes if change[0] > 1), key=lambda change: -change[0])
-    lines = [f"{len(changed)} of {len(pairs)} results changed by more than the noise."]
-    rows: list[list[str] | None] = [["", "", "before", "now", "change", "noise", "change / noise"], None]
-    for times, factor, noise, now, what, first, second in changed:
-        verdict = "better" if (factor > 1) == (what == "of the limit") else "worse"
-        rows.append(
-            [
-                now.label(),
-                what,
-                _significant(first.median),
-                _significant(second.median),
-                f"{factor - 1:+.0%} {verdict}",
-                f"{noise:.0%}",
-                f"{times:.1f}",
-            ]
-        )
+    ops = [Change(now, was.ratios["limit"], now.ratios["limit"]) for was, now in pairs if now.kind == "op"]
+    others = [Change(now, was.seconds, now.seconds) for was, now in pairs if now.kind != "op"]
+    if not ops:
+        return "The two runs have no op in common."
+    changed = sorted((change for change in ops if change.times > 1), key=lambda change: -change.times)
+    lines = [f"{len(changed)} of {len(ops)} ops changed by more than the noise."]
     if changed:
-        lines.append(_align(rows, left=(0, 1)))
+        rows: list[list[str] | None] = [["of the limit", "before", "now", "change", "noise", "change / noise"], None]
+        for change in changed:
+            verdict = "faster" if change.factor > 1 else "slower"
+            cells = [change.now.label(), f"{change.before.median:.2f}", f"{change.after.median:.2f}"]
+            rows.append([*cells, f"{change.factor - 1:+.0%} {verdict}", f"{change.noise:.0%}", f"{change.times:.1f}"])
+        lines.append(_align(rows, left=(0,)))
+    moved = sum(change.times > 1 for change in others)
+    lines.append(f"{moved} of {len(others)} limits and peers take another time: that is the machine, not the ops.")
     return "\n".join(lines)
 
 
-def _compared(was: Result, now: Result) -> tuple[str, Spread, Spread]:
-    if "limit" in was.ratios and "limit" in now.ratios:
-        return "of the limit", was.ratios["limit"], now.ratios["limit"]
-    return "ms", _milliseconds(was.seconds), _milliseconds(now.seconds)
+@dataclass(frozen=True)
+class Change:
+    now: Result
+    before: Spread
+    after: Spread
 
+    @property
+    def factor(self) -> float:
+        return self.after.median / self.before.median
 
-def _milliseconds(seconds: Spread) -> Spread:
-    return Spread(seconds.median * 1e3, seconds.low * 1e3, seconds.high * 1e3)
+    @property
+    def noise(self) -> float:
+        """The quartile distances of both runs, and what differs from run to run."""
+        return math.hypot(_relative(self.before), _relative(self.after), RUN_NOISE)
+
+    @property
+    def times(self) -> float:
+        """How many times the noise."""
+        return abs(math.log(self.factor)) / self.noise
 
 
 def _relative(spread: Spread) -> float:
     return (spread.high - spread.low) / spread.median
-
-
-def _significant(value: float) -> str:
-    return f"{value:.3g}"
