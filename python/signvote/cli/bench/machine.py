@@ -1,0 +1,82 @@
+"""On which machine, and with what, the figures were measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import numpy
+import torch
+
+import signvote
+
+
+def versions() -> dict[str, str]:
+    return {
+        "signvote": signvote.__version__,
+        "numpy": numpy.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def machine() -> dict[str, object]:
+    return {
+        "cpu": cpu_model(),
+        "cpus": usable_cpus(),
+        "caches": caches(),
+        "memory_gigabytes": memory_gigabytes(),
+        "huge_pages": huge_pages(),
+        "platform": platform.platform(),
+        "implementations": signvote.implementations(),
+    }
+
+
+def usable_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load() -> float | None:
+    """Programs that ran or wanted to, in the last minute."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def cpu_model() -> str:
+    """The model's name, and the numbers that tell what it is where a virtual machine hides the name."""
+    facts: dict[str, str] = {}
+    for line in lines("/proc/cpuinfo"):
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key} {facts[key]}" for key in ("cpu family", "model", "stepping") if key in facts]
+    if "hypervisor" in facts.get("flags", "").split():
+        numbers.append("virtual")
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def caches() -> list[str]:
+    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    return [
+        " ".join(["L" + part for part in lines(folder / "level")] + lines(folder / "type") + lines(folder / "size"))
+        for folder in folders
+    ]
+
+
+def memory_gigabytes() -> float | None:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+
+
+def huge_pages() -> str | None:
+    """Linux's setting, which changes what memory costs."""
+    text = " ".join(lines("/sys/kernel/mm/transparent_hugepage/enabled"))
+    return text.partition("[")[2].partition("]")[0] or None
+
+
+def lines(path: str | Path) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,59 @@
+"""The same ops in a few lines of what a user has at hand, on whole words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from signvote.cli.bench.expected import Words
+
+SHIFTS = torch.arange(32, dtype=torch.int32)
+
+
+def numpy_pack(x: NDArray[Any], out: Words) -> None:
+    out.view(np.uint8)[:] = np.packbits(x > 0, bitorder="little")
+
+
+def numpy_pack_momentum(x: NDArray[Any], m: NDArray[Any], beta: float, scratch: NDArray[Any], out: Words) -> None:
+    np.multiply(x, m.dtype.type(1 - beta), out=scratch, dtype=m.dtype)
+    np.multiply(m, m.dtype.type(beta), out=m)
+    np.add(m, scratch, out=m)
+    numpy_pack(m, out)
+
+
+def numpy_unpack(words: Words, scale: float, out: NDArray[Any]) -> None:
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    kind = out.dtype.type
+    np.multiply(bits, kind(2 * scale), out=out, dtype=out.dtype)
+    np.subtract(out, kind(scale), out=out)
+
+
+def numpy_vote(rows: Sequence[Words], out: Words) -> None:
+    """Ties become 0."""
+    votes = np.zeros(32 * out.size, np.uint16)
+    for row in rows:
+        votes += np.unpackbits(row.view(np.uint8), bitorder="little")
+    out.view(np.uint8)[:] = np.packbits(votes > len(rows) // 2, bitorder="little")
+
+
+def torch_pack(x: torch.Tensor, out: torch.Tensor) -> None:
+    torch.sum((x > 0).view(-1, 32) << SHIFTS, dim=1, dtype=torch.int32, out=out)
+
+
+def torch_pack_momentum(x: torch.Tensor, m: torch.Tensor, beta: float, out: torch.Tensor) -> None:
+    m.mul_(beta).add_(x, alpha=1 - beta)
+    torch_pack(m, out)
+
+
+def torch_unpack(words: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    bits = words.unsqueeze(1) >> SHIFTS & 1
+    torch.mul(bits, 2 * scale, out=out.view(-1, 32)).sub_(scale)
+
+
+def torch_vote(signs: torch.Tensor, out: torch.Tensor) -> None:
+    """Of signs that are unpacked already, one byte each; ties become 0."""
+    torch.sign(torch.sum(signs, dim=0, dtype=torch.int16), out=out)
