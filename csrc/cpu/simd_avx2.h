@@ -210,6 +210,8 @@ inline Words choose(Words bits, Words b, Words c) { return c ^ (bits & (b ^ c));
 inline uint64_t popcount(Words a) {
   uint64_t lanes[4], sum = 0;
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), a.value);
+  // GCC would take the lanes out of the register one by one, with instructions of which a vote is short.
+  asm("" : "+m"(lanes));
   for (uint64_t lane : lanes) sum += popcount(lane);
   return sum;
 }

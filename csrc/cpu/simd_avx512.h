@@ -196,6 +196,8 @@ inline Words choose(Words bits, Words b, Words c) {
 inline uint64_t popcount(Words a) {
   uint64_t lanes[8], sum = 0;
   _mm512_storeu_si512(lanes, a.value);
+  // GCC would take the lanes out of the register one by one, with instructions of which a vote is short.
+  asm("" : "+m"(lanes));
   for (uint64_t lane : lanes) sum += popcount(lane);
   return sum;
 }
