@@ -300,6 +300,8 @@ constexpr size_t first_count(size_t num_rows) {
   return (size_t{1} << count_bits_below_majority(num_rows)) - 1 - num_rows / 2;
 }
 
+// No bit is 1 in both.
+// For an even number of rows no bit is 1 in both.
 struct Decision {
   Words majority, tie;
 };
@@ -389,7 +391,7 @@ class VoteWriter {
     if (can_tie_) {
       const Words undecided =
           ties_ == kCoin ? mix_after_sum(coin_sum(word)) : broadcast<uint64_t>(undecided_bits(ties_, 0));
-      bits = choose(tie, undecided, bits);
+      bits = bits | (tie & undecided);
       ones_ += popcount(tie);
     }
     store_words(out_ + word, bits, count);
@@ -408,7 +410,7 @@ class VoteWriter {
     uint32_t* const out = out_ + word;
     const auto write_one = [&](size_t t) {
       const Decision decision = decide(t);
-      store_words(out + t * kWords, choose(decision.tie, next_undecided(), decision.majority));
+      store_words(out + t * kWords, decision.majority | (decision.tie & next_undecided()));
       return decision.tie;
     };
     Words planes[2] = {planes_[0], planes_[1]};

@@ -189,9 +189,6 @@ inline Words xor3(Words a, Words b, Words c) { return {_mm512_ternarylogic_epi64
 inline Words majority3(Words a, Words b, Words c) {
   return {_mm512_ternarylogic_epi64(a.value, b.value, c.value, 0xE8)};
 }
-inline Words choose(Words bits, Words b, Words c) {
-  return {_mm512_ternarylogic_epi64(bits.value, b.value, c.value, 0xCA)};
-}
 
 inline uint64_t popcount(Words a) {
   uint64_t lanes[8], sum = 0;
