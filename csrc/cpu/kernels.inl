@@ -356,7 +356,8 @@ inline Words add_rows(Words* planes, const LoadRow& load_row, size_t first) {
 }
 
 constexpr size_t kWords = 2 * Words::kCount;  // 32-bit words to a register
-constexpr size_t kTile = 32;                  // registers to a tile
+constexpr size_t kTile = 512 / kWords;        // registers to a tile
+constexpr size_t kLine = 16;                  // 32-bit words to a line of the cache
 constexpr int kMaxPlanes = 17;                // as many as 65535 rows need, and one that stays empty
 
 // Writes decisions and counts ties.
@@ -474,25 +475,31 @@ struct Counters {
   Words planes[kMaxPlanes][kTile], waiting[kMaxPlanes][kTile];
 };
 
-// Adds num_rows <= 8 rows, the group-th group. load(row, t) is register t of a row.
+// Where the rows of a group begin; beyond the last row there are zeros.
 template <class Load>
-inline void add_group(Counters& counters, size_t num, const uint32_t* const* rows, size_t num_rows, size_t group,
-                      const Load& load) {
+inline void begin_rows(const uint32_t* (&begin)[8], const uint32_t* const* rows, size_t num_rows, const Load& load) {
   static const uint32_t kNoRow[kTile * kWords] = {};
-  const uint32_t* row[8];
-  for (size_t i = 0; i < 8; ++i) row[i] = i < num_rows ? load.begin(rows[i]) : kNoRow;
-  int end = 3;
-  for (; (group & 1) != 0; group >>= 1) ++end;
+  for (size_t i = 0; i < 8; ++i) begin[i] = i < num_rows ? load.begin(rows[i]) : kNoRow;
+}
+
+// Adds a group, to planes 0 to 2 and through num_adders adders to those above. `next` are the rows of the group after
+// it: a row is left after a tile of it, so that the CPU does not see in time where it reads on.
+template <class Load>
+inline void add_group(Counters& counters, size_t num, const uint32_t* const (&row)[8], const uint32_t* const (&next)[8],
+                      int num_adders, const Load& load) {
   for (size_t t = 0; t < num; ++t) {
+    if (t * kWords % kLine == 0) {
+      for (size_t i = 0; i < 8; ++i) prefetch(next[i] + t * kWords);
+    }
     Words low[3] = {counters.planes[0][t], counters.planes[1][t], counters.planes[2][t]};
     Words carry = add_rows<3>(low, [&](size_t i) { return load(row[i], t); }, 0);
     for (int j = 0; j < 3; ++j) counters.planes[j][t] = low[j];
-    for (int j = 3; j < end; ++j) {
+    for (int j = 3; j < 3 + num_adders; ++j) {
       const Words plane = counters.planes[j][t], other = counters.waiting[j][t];
       counters.planes[j][t] = xor3(plane, other, carry);
       carry = majority3(plane, other, carry);
     }
-    counters.waiting[end][t] = carry;
+    counters.waiting[3 + num_adders][t] = carry;
   }
 }
 
@@ -504,11 +511,19 @@ inline void count_tile(Counters& counters, int num_planes, size_t num, const uin
     const Words bits = broadcast<uint64_t>((first >> j & 1) != 0 ? ~uint64_t{0} : 0);
     for (size_t t = 0; t < num; ++t) counters.planes[j][t] = bits;
   }
-  size_t num_groups = 0;
-  for (; num_rows > 0; ++num_groups, rows += 8) {
-    const size_t taken = num_rows < 8 ? num_rows : 8;
-    add_group(counters, num, rows, taken, num_groups, load);
-    num_rows -= taken;
+  const size_t num_groups = (num_rows + 7) / 8;
+  const uint32_t *row[8], *next[8];
+  begin_rows(next, rows, num_rows, load);
+  for (size_t group = 0; group < num_groups; ++group) {
+    for (size_t i = 0; i < 8; ++i) row[i] = next[i];
+    if (group + 1 < num_groups) {
+      begin_rows(next, rows + 8 * (group + 1), num_rows - 8 * (group + 1), load);
+    } else {
+      begin_rows(next, rows, num_rows, load.after(num));
+    }
+    int num_adders = 0;
+    while ((group >> num_adders & 1) != 0) ++num_adders;
+    add_group(counters, num, row, next, num_adders, load);
   }
   for (int waiting = 3; (num_groups >> (waiting - 3)) != 0; ++waiting) {
     if ((num_groups >> (waiting - 3) & 1) == 0) continue;
@@ -526,11 +541,13 @@ inline void count_tile(Counters& counters, int num_planes, size_t num, const uin
 // Registers of rows from a word on, in full, or the `count` words that are left.
 struct LoadFull {
   size_t word;
+  LoadFull after(size_t num) const { return {word + num * kWords}; }
   const uint32_t* begin(const uint32_t* row) const { return row + word; }
   Words operator()(const uint32_t* row, size_t t) const { return load_words(row + t * kWords); }
 };
 struct LoadPart {
   size_t word, count;
+  LoadPart after(size_t) const { return *this; }
   const uint32_t* begin(const uint32_t* row) const { return row + word; }
   Words operator()(const uint32_t* row, size_t) const { return load_words(row, count); }
 };

@@ -200,6 +200,9 @@ inline void store_words(uint32_t* to, Words a, size_t count) {
   _mm256_maskstore_epi32(reinterpret_cast<int*>(to), first_words(count), a.value);
 }
 
+// Asks for what lies at an address, which need not be valid, for the second-level cache.
+inline void prefetch(const uint32_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
+
 inline Words lane_index() { return {_mm256_setr_epi64x(0, 1, 2, 3)}; }
 
 inline Words xor3(Words a, Words b, Words c) { return a ^ b ^ c; }

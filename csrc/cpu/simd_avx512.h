@@ -183,6 +183,9 @@ inline void store_words(uint32_t* to, Words a, size_t count) {
   _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << count) - 1), a.value);
 }
 
+// Asks for what lies at an address, which need not be valid, for the second-level cache.
+inline void prefetch(const uint32_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
+
 inline Words lane_index() { return {_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)}; }
 
 inline Words xor3(Words a, Words b, Words c) { return {_mm512_ternarylogic_epi64(a.value, b.value, c.value, 0x96)}; }

@@ -194,6 +194,8 @@ inline void store_words(uint32_t* to, Words a, size_t count) {
   memcpy(to, words, count * sizeof *to);
 }
 
+inline void prefetch(const uint32_t* from) { __builtin_prefetch(from, 0, 2); }
+
 inline Words lane_index() { return {vcombine_u64(vcreate_u64(0), vcreate_u64(1))}; }
 
 inline Words xor3(Words a, Words b, Words c) { return a ^ b ^ c; }

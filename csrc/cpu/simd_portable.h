@@ -196,6 +196,8 @@ inline void store_words(uint32_t* to, Words a, size_t count) {
   if (count > 1) to[1] = static_cast<uint32_t>(a.value >> 32);
 }
 
+inline void prefetch(const uint32_t*) {}
+
 // Lane i is i.
 inline Words lane_index() { return {0}; }
 
