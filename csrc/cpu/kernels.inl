@@ -306,9 +306,10 @@ struct Decision {
   Words majority, tie;
 };
 
-// Adds kNum bits of weight 1, whose count starts at kFirst and has its majority in bit kLevels.
-template <int kLevels, size_t kFirst, int kNum>
-inline Decision decide(const Words (&bits)[kNum]) {
+// Adds kNum bits of weight 1 and kHigher bits of weight 2, 4, and so on; the count starts at kFirst and has its
+// majority in bit kLevels.
+template <int kLevels, size_t kFirst, int kHigher = 0, int kNum>
+inline Decision decide(const Words (&bits)[kNum], const Words* higher = nullptr) {
   if constexpr (kLevels == 0) {
     // The count never exceeds this bit, so that at most one of its addends is 1.
     Words majority = bits[0];
@@ -320,7 +321,7 @@ inline Decision decide(const Words (&bits)[kNum]) {
     constexpr int kFullAdders = (kNum - 1) / 2;
     constexpr bool kTwoLeft = kNum % 2 == 0;
     constexpr int kCarries = kFullAdders + (kTwoLeft || kOne ? 1 : 0);
-    Words carries[kCarries], sum = bits[0];
+    Words carries[kCarries + (kHigher > 0 ? 1 : 0)], sum = bits[0];
 #pragma GCC unroll 16
     for (int i = 0; i < kFullAdders; ++i) {
       carries[i] = majority3(sum, bits[2 * i + 1], bits[2 * i + 2]);
@@ -335,7 +336,9 @@ inline Decision decide(const Words (&bits)[kNum]) {
       carries[kFullAdders] = sum;
       sum = sum ^ ones;
     }
-    const Decision above = decide<kLevels - 1, kFirst / 2>(carries);
+    if constexpr (kHigher > 0) carries[kCarries] = higher[0];
+    const Decision above =
+        decide<kLevels - 1, kFirst / 2, (kHigher > 0 ? kHigher - 1 : 0)>(carries, kHigher > 0 ? higher + 1 : nullptr);
     return {above.majority, above.tie & sum};
   }
 }
@@ -441,6 +444,42 @@ inline Words valid_bits(size_t numel) {
   return load_words(words);
 }
 
+constexpr int kWays = 8;    // lines that a set of the first-level cache holds
+constexpr int kCrowd = 10;  // rows up to which it costs less to read such lines twice than to read the rows in halves
+
+// How many rows begin in the same line of a page as the first one. Rows of a length that is a multiple of a page and
+// rows that are large allocations of their own all do, and then their lines have to share a set at every step.
+inline int at_same_place(const uint32_t* const* rows, int num_rows) {
+  const auto line = [](const uint32_t* row) { return reinterpret_cast<uintptr_t>(row) / 64 % 64; };
+  int same = 0;
+  for (int i = 0; i < num_rows; ++i) same += line(rows[i]) == line(rows[0]);
+  return same;
+}
+
+// `num` registers of more than eight rows: of each tile eight rows first, and then the others.
+template <int kRows>
+inline void vote_in_halves(const uint32_t* const (&row)[kRows], size_t num, VoteWriter& writer) {
+  if constexpr (kRows > kCrowd) {
+    constexpr size_t kFirst = first_count(kRows);
+    Words counts[kTile][4];
+    for (size_t begin = 0; begin < num; begin += kTile) {
+      const size_t size = num - begin < kTile ? num - begin : kTile;
+      for (size_t t = 0; t < size; ++t) {
+        for (int j = 0; j < 3; ++j) counts[t][j] = broadcast<uint64_t>((kFirst >> j & 1) != 0 ? ~uint64_t{0} : 0);
+        const auto load_row = [&](size_t i) { return load_words(row[i] + (begin + t) * kWords); };
+        counts[t][3] = add_rows<3>(counts[t], load_row, 0);
+      }
+      writer.write(begin * kWords, size, [&](size_t t) {
+        Words bits[kRows - 7];
+#pragma GCC unroll 16
+        for (int i = 8; i < kRows; ++i) bits[i - 8] = load_words(row[i] + (begin + t) * kWords);
+        bits[kRows - 8] = counts[t][0];
+        return decide<count_bits_below_majority(kRows), 0, 3>(bits, counts[t] + 1);
+      });
+    }
+  }
+}
+
 // As many rows as fit in registers.
 template <int kRows>
 SIGNVOTE_FLATTEN uint64_t vote_few(const uint32_t* const* rows, size_t numel, Undecided ties, uint64_t coins,
@@ -451,12 +490,16 @@ SIGNVOTE_FLATTEN uint64_t vote_few(const uint32_t* const* rows, size_t numel, Un
   const uint32_t* row[kRows];
   for (int i = 0; i < kRows; ++i) row[i] = rows[i];
   const size_t num = numel / (32 * kWords);
-  writer.write(0, num, [&](size_t t) {
-    Words bits[kRows];
+  if (kRows > kCrowd && at_same_place(row, kRows) > kWays) {
+    vote_in_halves(row, num, writer);
+  } else {
+    writer.write(0, num, [&](size_t t) {
+      Words bits[kRows];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) bits[i] = load_words(row[i] + t * kWords);
-    return decide<kLevels, kFirst>(bits);
-  });
+      for (int i = 0; i < kRows; ++i) bits[i] = load_words(row[i] + t * kWords);
+      return decide<kLevels, kFirst>(bits);
+    });
+  }
   const size_t word = num * kWords;
   numel -= 32 * word;
   if (numel > 0) {
