@@ -123,6 +123,8 @@ def write_cases(file: BinaryIO) -> None:
                 cases.add_vote(rng, bits, UNDECIDED[i % 3])
     for num_rows in (2, 10, 33):  # more than a tile of any width
         cases.add_vote(rng, rng.integers(0, 2, (num_rows, 2 * 16384 + 77)).astype(bool), "coin")
+    for num_rows in range(9, 17):  # that begin at the same place of a page
+        cases.add_vote(rng, rng.integers(0, 2, (num_rows, 2 * 16384 - 13)).astype(bool), "coin")
 
 
 @pytest.fixture(scope="module")

@@ -300,13 +300,16 @@ constexpr size_t first_count(size_t num_rows) {
   return (size_t{1} << count_bits_below_majority(num_rows)) - 1 - num_rows / 2;
 }
 
+// No bit is 1 in both.
+// For an even number of rows no bit is 1 in both.
 struct Decision {
   Words majority, tie;
 };
 
-// Adds kNum bits of weight 1, whose count starts at kFirst and has its majority in bit kLevels.
-template <int kLevels, size_t kFirst, int kNum>
-inline Decision decide(const Words (&bits)[kNum]) {
+// Adds kNum bits of weight 1 and kHigher bits of weight 2, 4, and so on; the count starts at kFirst and has its
+// majority in bit kLevels.
+template <int kLevels, size_t kFirst, int kHigher = 0, int kNum>
+inline Decision decide(const Words (&bits)[kNum], const Words* higher = nullptr) {
   if constexpr (kLevels == 0) {
     // The count never exceeds this bit, so that at most one of its addends is 1.
     Words majority = bits[0];
@@ -318,7 +321,7 @@ inline Decision decide(const Words (&bits)[kNum]) {
     constexpr int kFullAdders = (kNum - 1) / 2;
     constexpr bool kTwoLeft = kNum % 2 == 0;
     constexpr int kCarries = kFullAdders + (kTwoLeft || kOne ? 1 : 0);
-    Words carries[kCarries], sum = bits[0];
+    Words carries[kCarries + (kHigher > 0 ? 1 : 0)], sum = bits[0];
 #pragma GCC unroll 16
     for (int i = 0; i < kFullAdders; ++i) {
       carries[i] = majority3(sum, bits[2 * i + 1], bits[2 * i + 2]);
@@ -333,7 +336,9 @@ inline Decision decide(const Words (&bits)[kNum]) {
       carries[kFullAdders] = sum;
       sum = sum ^ ones;
     }
-    const Decision above = decide<kLevels - 1, kFirst / 2>(carries);
+    if constexpr (kHigher > 0) carries[kCarries] = higher[0];
+    const Decision above =
+        decide<kLevels - 1, kFirst / 2, (kHigher > 0 ? kHigher - 1 : 0)>(carries, kHigher > 0 ? higher + 1 : nullptr);
     return {above.majority, above.tie & sum};
   }
 }
@@ -354,7 +359,8 @@ inline Words add_rows(Words* planes, const LoadRow& load_row, size_t first) {
 }
 
 constexpr size_t kWords = 2 * Words::kCount;  // 32-bit words to a register
-constexpr size_t kTile = 32;                  // registers to a tile
+constexpr size_t kTile = 512 / kWords;        // registers to a tile
+constexpr size_t kLine = 16;                  // 32-bit words to a line of the cache
 constexpr int kMaxPlanes = 17;                // as many as 65535 rows need, and one that stays empty
 
 // Writes decisions and counts ties.
@@ -389,7 +395,7 @@ class VoteWriter {
     if (can_tie_) {
       const Words undecided =
           ties_ == kCoin ? mix_after_sum(coin_sum(word)) : broadcast<uint64_t>(undecided_bits(ties_, 0));
-      bits = choose(tie, undecided, bits);
+      bits = bits | (tie & undecided);
       ones_ += popcount(tie);
     }
     store_words(out_ + word, bits, count);
@@ -408,7 +414,7 @@ class VoteWriter {
     uint32_t* const out = out_ + word;
     const auto write_one = [&](size_t t) {
       const Decision decision = decide(t);
-      store_words(out + t * kWords, choose(decision.tie, next_undecided(), decision.majority));
+      store_words(out + t * kWords, decision.majority | (decision.tie & next_undecided()));
       return decision.tie;
     };
     Words planes[2] = {planes_[0], planes_[1]};
@@ -438,6 +444,42 @@ inline Words valid_bits(size_t numel) {
   return load_words(words);
 }
 
+constexpr int kWays = 8;    // lines that a set of the first-level cache holds
+constexpr int kCrowd = 10;  // rows up to which it costs less to read such lines twice than to read the rows in halves
+
+// How many rows begin in the same line of a page as the first one. Rows of a length that is a multiple of a page and
+// rows that are large allocations of their own all do, and then their lines have to share a set at every step.
+inline int at_same_place(const uint32_t* const* rows, int num_rows) {
+  const auto line = [](const uint32_t* row) { return reinterpret_cast<uintptr_t>(row) / 64 % 64; };
+  int same = 0;
+  for (int i = 0; i < num_rows; ++i) same += line(rows[i]) == line(rows[0]);
+  return same;
+}
+
+// `num` registers of more than eight rows: of each tile eight rows first, and then the others.
+template <int kRows>
+inline void vote_in_halves(const uint32_t* const (&row)[kRows], size_t num, VoteWriter& writer) {
+  if constexpr (kRows > kCrowd) {
+    constexpr size_t kFirst = first_count(kRows);
+    Words counts[kTile][4];
+    for (size_t begin = 0; begin < num; begin += kTile) {
+      const size_t size = num - begin < kTile ? num - begin : kTile;
+      for (size_t t = 0; t < size; ++t) {
+        for (int j = 0; j < 3; ++j) counts[t][j] = broadcast<uint64_t>((kFirst >> j & 1) != 0 ? ~uint64_t{0} : 0);
+        const auto load_row = [&](size_t i) { return load_words(row[i] + (begin + t) * kWords); };
+        counts[t][3] = add_rows<3>(counts[t], load_row, 0);
+      }
+      writer.write(begin * kWords, size, [&](size_t t) {
+        Words bits[kRows - 7];
+#pragma GCC unroll 16
+        for (int i = 8; i < kRows; ++i) bits[i - 8] = load_words(row[i] + (begin + t) * kWords);
+        bits[kRows - 8] = counts[t][0];
+        return decide<count_bits_below_majority(kRows), 0, 3>(bits, counts[t] + 1);
+      });
+    }
+  }
+}
+
 // As many rows as fit in registers.
 template <int kRows>
 SIGNVOTE_FLATTEN uint64_t vote_few(const uint32_t* const* rows, size_t numel, Undecided ties, uint64_t coins,
@@ -448,12 +490,16 @@ SIGNVOTE_FLATTEN uint64_t vote_few(const uint32_t* const* rows, size_t numel, Un
   const uint32_t* row[kRows];
   for (int i = 0; i < kRows; ++i) row[i] = rows[i];
   const size_t num = numel / (32 * kWords);
-  writer.write(0, num, [&](size_t t) {
-    Words bits[kRows];
+  if (kRows > kCrowd && at_same_place(row, kRows) > kWays) {
+    vote_in_halves(row, num, writer);
+  } else {
+    writer.write(0, num, [&](size_t t) {
+      Words bits[kRows];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) bits[i] = load_words(row[i] + t * kWords);
-    return decide<kLevels, kFirst>(bits);
-  });
+      for (int i = 0; i < kRows; ++i) bits[i] = load_words(row[i] + t * kWords);
+      return decide<kLevels, kFirst>(bits);
+    });
+  }
   const size_t word = num * kWords;
   numel -= 32 * word;
   if (numel > 0) {
@@ -472,25 +518,31 @@ struct Counters {
   Words planes[kMaxPlanes][kTile], waiting[kMaxPlanes][kTile];
 };
 
-// Adds num_rows <= 8 rows, the group-th group. load(row, t) is register t of a row.
+// Where the rows of a group begin; beyond the last row there are zeros.
 template <class Load>
-inline void add_group(Counters& counters, size_t num, const uint32_t* const* rows, size_t num_rows, size_t group,
-                      const Load& load) {
+inline void begin_rows(const uint32_t* (&begin)[8], const uint32_t* const* rows, size_t num_rows, const Load& load) {
   static const uint32_t kNoRow[kTile * kWords] = {};
-  const uint32_t* row[8];
-  for (size_t i = 0; i < 8; ++i) row[i] = i < num_rows ? load.begin(rows[i]) : kNoRow;
-  int end = 3;
-  for (; (group & 1) != 0; group >>= 1) ++end;
+  for (size_t i = 0; i < 8; ++i) begin[i] = i < num_rows ? load.begin(rows[i]) : kNoRow;
+}
+
+// Adds a group, to planes 0 to 2 and through num_adders adders to those above. `next` are the rows of the group after
+// it: a row is left after a tile of it, so that the CPU does not see in time where it reads on.
+template <class Load>
+inline void add_group(Counters& counters, size_t num, const uint32_t* const (&row)[8], const uint32_t* const (&next)[8],
+                      int num_adders, const Load& load) {
   for (size_t t = 0; t < num; ++t) {
+    if (t * kWords % kLine == 0) {
+      for (size_t i = 0; i < 8; ++i) prefetch(next[i] + t * kWords);
+    }
     Words low[3] = {counters.planes[0][t], counters.planes[1][t], counters.planes[2][t]};
     Words carry = add_rows<3>(low, [&](size_t i) { return load(row[i], t); }, 0);
     for (int j = 0; j < 3; ++j) counters.planes[j][t] = low[j];
-    for (int j = 3; j < end; ++j) {
+    for (int j = 3; j < 3 + num_adders; ++j) {
       const Words plane = counters.planes[j][t], other = counters.waiting[j][t];
       counters.planes[j][t] = xor3(plane, other, carry);
       carry = majority3(plane, other, carry);
     }
-    counters.waiting[end][t] = carry;
+    counters.waiting[3 + num_adders][t] = carry;
   }
 }
 
@@ -502,11 +554,19 @@ inline void count_tile(Counters& counters, int num_planes, size_t num, const uin
     const Words bits = broadcast<uint64_t>((first >> j & 1) != 0 ? ~uint64_t{0} : 0);
     for (size_t t = 0; t < num; ++t) counters.planes[j][t] = bits;
   }
-  size_t num_groups = 0;
-  for (; num_rows > 0; ++num_groups, rows += 8) {
-    const size_t taken = num_rows < 8 ? num_rows : 8;
-    add_group(counters, num, rows, taken, num_groups, load);
-    num_rows -= taken;
+  const size_t num_groups = (num_rows + 7) / 8;
+  const uint32_t *row[8], *next[8];
+  begin_rows(next, rows, num_rows, load);
+  for (size_t group = 0; group < num_groups; ++group) {
+    for (size_t i = 0; i < 8; ++i) row[i] = next[i];
+    if (group + 1 < num_groups) {
+      begin_rows(next, rows + 8 * (group + 1), num_rows - 8 * (group + 1), load);
+    } else {
+      begin_rows(next, rows, num_rows, load.after(num));
+    }
+    int num_adders = 0;
+    while ((group >> num_adders & 1) != 0) ++num_adders;
+    add_group(counters, num, row, next, num_adders, load);
   }
   for (int waiting = 3; (num_groups >> (waiting - 3)) != 0; ++waiting) {
     if ((num_groups >> (waiting - 3) & 1) == 0) continue;
@@ -524,11 +584,13 @@ inline void count_tile(Counters& counters, int num_planes, size_t num, const uin
 // Registers of rows from a word on, in full, or the `count` words that are left.
 struct LoadFull {
   size_t word;
+  LoadFull after(size_t num) const { return {word + num * kWords}; }
   const uint32_t* begin(const uint32_t* row) const { return row + word; }
   Words operator()(const uint32_t* row, size_t t) const { return load_words(row + t * kWords); }
 };
 struct LoadPart {
   size_t word, count;
+  LoadPart after(size_t) const { return *this; }
   const uint32_t* begin(const uint32_t* row) const { return row + word; }
   Words operator()(const uint32_t* row, size_t) const { return load_words(row, count); }
 };

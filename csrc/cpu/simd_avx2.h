@@ -65,12 +65,11 @@ inline Lanes<U> operator+(Lanes<U> a, Lanes<U> b) {
     return {_mm256_add_epi64(a.value, b.value)};
   }
 }
-// low × low + 2^32 (low × high + high × low)
+// low × low + 2^32 (high × low + low × high). The product of 32-bit lanes leaves high × low where it is needed.
 inline Lanes<uint64_t> operator*(Lanes<uint64_t> a, Lanes<uint64_t> b) {
-  const __m256i low_high = _mm256_mul_epu32(a.value, _mm256_srli_epi64(b.value, 32));
-  const __m256i high_low = _mm256_mul_epu32(_mm256_srli_epi64(a.value, 32), b.value);
-  const __m256i high = _mm256_slli_epi64(_mm256_add_epi64(low_high, high_low), 32);
-  return {_mm256_add_epi64(_mm256_mul_epu32(a.value, b.value), high)};
+  const __m256i high_low = _mm256_mullo_epi32(a.value, _mm256_slli_epi64(b.value, 32));
+  const __m256i low_high = _mm256_slli_epi64(_mm256_mul_epu32(a.value, _mm256_srli_epi64(b.value, 32)), 32);
+  return {_mm256_add_epi64(_mm256_mul_epu32(a.value, b.value), _mm256_add_epi64(high_low, low_high))};
 }
 template <int kShift>
 inline Lanes<uint64_t> shift_right(Lanes<uint64_t> a) {
@@ -201,15 +200,19 @@ inline void store_words(uint32_t* to, Words a, size_t count) {
   _mm256_maskstore_epi32(reinterpret_cast<int*>(to), first_words(count), a.value);
 }
 
+// Asks for what lies at an address, which need not be valid, for the second-level cache.
+inline void prefetch(const uint32_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
+
 inline Words lane_index() { return {_mm256_setr_epi64x(0, 1, 2, 3)}; }
 
 inline Words xor3(Words a, Words b, Words c) { return a ^ b ^ c; }
 inline Words majority3(Words a, Words b, Words c) { return (a & b) | ((a ^ b) & c); }
-inline Words choose(Words bits, Words b, Words c) { return c ^ (bits & (b ^ c)); }
 
 inline uint64_t popcount(Words a) {
   uint64_t lanes[4], sum = 0;
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), a.value);
+  // GCC would take the lanes out of the register one by one, with instructions of which a vote is short.
+  asm("" : "+m"(lanes));
   for (uint64_t lane : lanes) sum += popcount(lane);
   return sum;
 }

@@ -183,19 +183,21 @@ inline void store_words(uint32_t* to, Words a, size_t count) {
   _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << count) - 1), a.value);
 }
 
+// Asks for what lies at an address, which need not be valid, for the second-level cache.
+inline void prefetch(const uint32_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
+
 inline Words lane_index() { return {_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)}; }
 
 inline Words xor3(Words a, Words b, Words c) { return {_mm512_ternarylogic_epi64(a.value, b.value, c.value, 0x96)}; }
 inline Words majority3(Words a, Words b, Words c) {
   return {_mm512_ternarylogic_epi64(a.value, b.value, c.value, 0xE8)};
 }
-inline Words choose(Words bits, Words b, Words c) {
-  return {_mm512_ternarylogic_epi64(bits.value, b.value, c.value, 0xCA)};
-}
 
 inline uint64_t popcount(Words a) {
   uint64_t lanes[8], sum = 0;
   _mm512_storeu_si512(lanes, a.value);
+  // GCC would take the lanes out of the register one by one, with instructions of which a vote is short.
+  asm("" : "+m"(lanes));
   for (uint64_t lane : lanes) sum += popcount(lane);
   return sum;
 }

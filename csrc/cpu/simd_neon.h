@@ -194,11 +194,12 @@ inline void store_words(uint32_t* to, Words a, size_t count) {
   memcpy(to, words, count * sizeof *to);
 }
 
+inline void prefetch(const uint32_t* from) { __builtin_prefetch(from, 0, 2); }
+
 inline Words lane_index() { return {vcombine_u64(vcreate_u64(0), vcreate_u64(1))}; }
 
 inline Words xor3(Words a, Words b, Words c) { return a ^ b ^ c; }
 inline Words majority3(Words a, Words b, Words c) { return {vbslq_u64(a.value ^ b.value, c.value, a.value)}; }
-inline Words choose(Words bits, Words b, Words c) { return {vbslq_u64(bits.value, b.value, c.value)}; }
 
 inline uint64_t popcount(Words a) { return vaddvq_u8(vcntq_u8(vreinterpretq_u8_u64(a.value))); }
 

@@ -196,13 +196,14 @@ inline void store_words(uint32_t* to, Words a, size_t count) {
   if (count > 1) to[1] = static_cast<uint32_t>(a.value >> 32);
 }
 
+inline void prefetch(const uint32_t*) {}
+
 // Lane i is i.
 inline Words lane_index() { return {0}; }
 
-// Bit by bit: the sum of three bits and its carry, and b where `bits` is 1, c where it is 0.
+// Bit by bit: the sum of three bits and its carry.
 inline Words xor3(Words a, Words b, Words c) { return a ^ b ^ c; }
 inline Words majority3(Words a, Words b, Words c) { return (a & b) | ((a ^ b) & c); }
-inline Words choose(Words bits, Words b, Words c) { return c ^ (bits & (b ^ c)); }
 
 // The number of bits that are 1, over all lanes.
 inline uint64_t popcount(Words a) { return popcount(a.value); }
