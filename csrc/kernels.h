@@ -57,6 +57,21 @@ struct Kernels {
   uint64_t (*majority_vote)(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties, uint64_t coins,
                             uint32_t* out);
 
+  // Counters: one count per coordinate, of which planes[j] holds bit j, as words. Adds, modulo 2^num_planes, the counts
+  // whose bits are addends[0] to addends[num_planes - 1], where null stands for a plane of zeros. What the unused bits
+  // of the last word count means nothing.
+  void (*add_counts)(uint32_t* const* planes, size_t num_planes, const uint32_t* const* addends, size_t numel);
+
+  // As majority_vote, of num_votes votes of which the count of a coordinate says how many were 1.
+  // 1 <= num_votes < 2^num_planes.
+  uint64_t (*decide_counts)(const uint32_t* const* planes, size_t num_planes, uint64_t num_votes, size_t numel,
+                            Undecided ties, uint64_t coins, uint32_t* out);
+
+  // Ternary: active is 1 where the count is positive_from or more, or less than negative_below, and sign is 1 in the
+  // first case. Both limits are less than 2^num_planes.
+  void (*decide_counts_ternary)(const uint32_t* const* planes, size_t num_planes, uint64_t negative_below,
+                                uint64_t positive_from, size_t numel, uint32_t* sign, uint32_t* active);
+
   // out[i] = the value whose bits are `positive`, with its sign bit flipped where the bit of coordinate i is 0.
   void (*unpack_signs[kNumDTypes])(const uint32_t* words, size_t numel, uint64_t positive, void* out);
 };

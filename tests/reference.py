@@ -98,6 +98,30 @@ def majority_vote(
     return words_of(bits), int(np.sum(votes == 0))
 
 
+def counts(votes: Iterable[tuple[Words, int]], numel: int) -> NDArray[np.int64]:
+    """How many votes are 1, per coordinate, each vote counting as often as its weight says."""
+    total = np.zeros(numel, np.int64)
+    for words, weight in votes:
+        total += weight * bits_of(words, numel)
+    return total
+
+
+def decide(
+    counts: NDArray[np.int64], num_votes: int, ties: str = "coin", seed: int = 0, first: int = 0
+) -> tuple[Words, int]:
+    """The words, and how many coordinates were tied."""
+    lead = 2 * counts - num_votes
+    bits = np.where(lead == 0, decided(ties, seed, counts.size, first), lead > 0)
+    return words_of(bits), int(np.sum(lead == 0))
+
+
+def decide_ternary(counts: NDArray[np.int64], num_votes: int, quorum: int) -> Words:
+    """The planes sign and active."""
+    lead = 2 * counts - num_votes
+    result = np.where(abs(lead) < quorum, 0, lead)
+    return np.stack([words_of(result > 0), words_of(result != 0)])
+
+
 def unpack_signs(words: Words, numel: int, scale: Any) -> Floats:
     """In the dtype of ``scale``."""
     return np.where(bits_of(words, numel), scale, -scale)

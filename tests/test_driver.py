@@ -21,7 +21,16 @@ from samples import BITS, DTYPES, SIZES, bit_rows, mixture, special, store, valu
 
 TESTS = Path(__file__).parent
 CPU = TESTS.parent / "csrc" / "cpu"
-OPS = ("pack_signs", "pack_momentum", "has_nonfinite", "majority_vote", "unpack_signs")
+OPS = (
+    "pack_signs",
+    "pack_momentum",
+    "has_nonfinite",
+    "majority_vote",
+    "unpack_signs",
+    "add_counts",
+    "decide_counts",
+    "decide_counts_ternary",
+)
 UNDECIDED = ("negative", "positive", "coin")  # in the order of the enum
 NUM_ROWS = (*range(1, 10), 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000)
 COEFFICIENTS = ((0.9, 0.1, 0.99, 0.01), (1.0, 1.0, 1.0, 1.0), (1e30, 1e30, 1e30, 1e30), (1e-30, -1e-30, -1e-30, 1e-30))
@@ -55,11 +64,12 @@ class Cases:
         num_rows: int = 0,
         coins: int = 0,
         positive: int = 0,
+        limits: tuple[int, int] = (0, 0),
         counts: tuple[int, int] = (0, 0),
         coefficients: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
     ) -> None:
         first = (OPS.index(op), DTYPES.index(dtype), UNDECIDED.index(undecided), numel, num_rows)
-        self._file.write(struct.pack("=5q2Q2q4d", *first, coins, positive, *counts, *coefficients))
+        self._file.write(struct.pack("=5q4Q2q4d", *first, coins, positive, *limits, *counts, *coefficients))
         for array in arrays:
             self._file.write(np.ascontiguousarray(array).tobytes())
 
@@ -103,6 +113,47 @@ class Cases:
         coins = (reference.mix(SEED) + first // 64) % 2**64
         self.add("majority_vote", numel, [rows, words], "float32", undecided, num_rows, coins, counts=(tied, 0))
 
+    def add_counts(self, rng: np.random.Generator, num_planes: int, numel: int, undecided: str) -> None:
+        """What is added, and the decision, where counts lie near the limits as often as not."""
+        width = (numel + 31) // 32
+        largest = 2**num_planes - 1
+        present = int(rng.integers(0, largest + 1))
+        counts, addends = rng.integers(0, largest + 1, (2, 32 * width))
+        total = counts + (addends & present) & largest
+        planes = [planes_of(numbers, num_planes) for numbers in (addends, counts, total)]
+        self.add("add_counts", numel, planes, num_rows=num_planes, limits=(present, 0))
+
+        num_votes = int(rng.integers(1, largest + 1))
+        counts = np.where(rng.integers(0, 2, 32 * width), num_votes // 2 + rng.integers(-1, 2, 32 * width), counts)
+        counts = counts.clip(0, largest)
+        first = 64 * int(rng.integers(0, 100))
+        words, tied = reference.decide(counts[:numel], num_votes, undecided, SEED, first)
+        self.add(
+            "decide_counts",
+            numel,
+            [planes_of(counts, num_planes), words],
+            undecided=undecided,
+            num_rows=num_planes,
+            coins=(reference.mix(SEED) + first // 64) % 2**64,
+            limits=(num_votes, 0),
+            counts=(tied, 0),
+        )
+        quorum = int(rng.integers(1, num_votes + 1))
+        below = [2 * count - num_votes <= -quorum for count in range(largest + 2)].index(False)
+        limits = below, [2 * count - num_votes >= quorum for count in range(largest + 1)].index(True)
+        ternary = reference.decide_ternary(counts[:numel], num_votes, quorum)
+        self.add(
+            "decide_counts_ternary",
+            numel,
+            [planes_of(counts, num_planes), ternary],
+            num_rows=num_planes,
+            limits=limits,
+        )
+
+
+def planes_of(counts: NDArray[np.int64], num_planes: int) -> NDArray[np.uint32]:
+    return word_rows((counts >> np.arange(num_planes)[:, None] & 1).astype(bool), unused=False)
+
 
 def write_cases(file: BinaryIO) -> None:
     cases = Cases(file)
@@ -121,6 +172,9 @@ def write_cases(file: BinaryIO) -> None:
         for i, numel in enumerate((*small, 2085) if num_rows < 100 else (0, 1, 65, 513)):
             for bits in bit_rows(rng, num_rows, numel):
                 cases.add_vote(rng, bits, UNDECIDED[i % 3])
+    for num_planes in (1, 2, 3, 5, 8, 11):
+        for i, numel in enumerate(SIZES):
+            cases.add_counts(rng, num_planes, numel, UNDECIDED[i % 3])
     for num_rows in (2, 10, 33):  # more than a tile of any width
         cases.add_vote(rng, rng.integers(0, 2, (num_rows, 2 * 16384 + 77)).astype(bool), "coin")
     for num_rows in range(9, 17):  # that begin at the same place of a page

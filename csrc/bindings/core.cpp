@@ -1,4 +1,4 @@
-// The module signvote._core: check every argument once, release the GIL, call the table through runs.h.
+// The module signvote._core: check every argument once, release the GIL, call the table through runs.h and tally.h.
 //
 // Arrays are taken as they are, never converted. bfloat16 has no NumPy dtype and crosses as 16-bit integers, words
 // cross as 32-bit ones. Every error names op, argument, what it is and what was expected, and is raised before
@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <optional>
@@ -17,6 +18,7 @@
 #include "cpu/dispatch.h"
 #include "kernels.h"
 #include "runs.h"
+#include "tally.h"
 
 namespace py = pybind11;
 
@@ -24,6 +26,7 @@ namespace {
 
 using signvote::coins_by_place;
 using signvote::coins_of_array;
+using signvote::CounterPlanes;
 using signvote::DType;
 using signvote::kBFloat16;
 using signvote::Kernels;
@@ -494,6 +497,144 @@ void unpack_runs(const py::array& words_array, const py::array& runs_array, py::
   signvote::unpack_runs(kernels, dtype, words.words(), runs, positive, bucket.data, bucket.itemsize, max_threads);
 }
 
+// A (P, W) array of counter planes.
+CounterPlanes to_counters(const Argument& argument, const py::array& array, Access access) {
+  check_words_dtype(argument, array);
+  if (array.ndim() != 2) argument.value_error("has " + std::to_string(array.ndim()) + " dimensions", "2");
+  const Span span = to_span(argument, array, 4, access);
+  const size_t num_planes = static_cast<size_t>(array.shape(0));
+  if (num_planes < 1 || num_planes > signvote::kMaxCounterPlanes) {
+    argument.value_error("has " + std::to_string(num_planes) + " planes",
+                         "1 to " + std::to_string(signvote::kMaxCounterPlanes));
+  }
+  return {span.mutable_words(), num_planes, static_cast<size_t>(array.shape(1))};
+}
+
+Span span_of(const CounterPlanes& counters) {
+  return {reinterpret_cast<char*>(counters.data), counters.num_planes * counters.width, 4};
+}
+
+size_t to_numel_of(const char* op, py::handle object, const CounterPlanes& counters) {
+  const size_t numel = to_numel(op, object);
+  if (num_words(numel) != counters.width) {
+    Argument{op, "planes"}.value_error("has " + std::to_string(counters.width) + " words in a plane",
+                                       std::to_string(num_words(numel)) + " for numel " + std::to_string(numel));
+  }
+  return numel;
+}
+
+// A number that the counters can hold.
+uint64_t to_count(const char* op, const char* name, py::handle object, const CounterPlanes& counters) {
+  const uint64_t largest = (uint64_t{1} << counters.num_planes) - 1;
+  const uint64_t count = to_uint64(op, name, object);
+  if (count < 1 || count > largest) {
+    Argument{op, name}.value_error(is_repr(object), "an integer from 1 to " + std::to_string(largest));
+  }
+  return count;
+}
+
+void tally_add(const py::array& planes_array, const py::array& words_array, py::handle weight_object,
+               py::handle implementation, py::handle num_threads) {
+  const char* op = "tally_add";
+  const Kernels& kernels = to_kernels(op, implementation);
+  const size_t max_threads = to_num_threads(op, num_threads);
+  const Argument planes_argument{op, "planes"};
+  const CounterPlanes counters = to_counters(planes_argument, planes_array, Access::kWrite);
+  const Argument words_argument{op, "words"};
+  const Span words = to_words(words_argument, words_array, Access::kRead);
+  check_size(words_argument, words, "words", counters.width);
+  const uint64_t weight = to_count(op, "weight", weight_object, counters);
+  check_apart(planes_argument, span_of(counters), "words", words);
+  py::gil_scoped_release release;
+  signvote::tally_add(kernels, counters, words.words(), weight, max_threads);
+}
+
+void tally_merge(const py::array& planes_array, const py::array& others_array, py::handle implementation,
+                 py::handle num_threads) {
+  const char* op = "tally_merge";
+  const Kernels& kernels = to_kernels(op, implementation);
+  const size_t max_threads = to_num_threads(op, num_threads);
+  const Argument planes_argument{op, "planes"}, others_argument{op, "others"};
+  const CounterPlanes counters = to_counters(planes_argument, planes_array, Access::kWrite);
+  const CounterPlanes others = to_counters(others_argument, others_array, Access::kRead);
+  if (others.width != counters.width || others.num_planes > counters.num_planes) {
+    others_argument.value_error(
+        "has shape " + std::string(py::repr(others_array.attr("shape"))),
+        "at most " + std::to_string(counters.num_planes) + " planes of " + std::to_string(counters.width) + " words");
+  }
+  check_apart(planes_argument, span_of(counters), "others", span_of(others));
+  py::gil_scoped_release release;
+  signvote::tally_merge(kernels, counters, others, max_threads);
+}
+
+uint64_t tally_decide(const py::array& planes_array, py::handle num_votes_object, py::handle numel_or_runs,
+                      py::handle ties_name, py::handle seed_object, const py::array& out, py::handle implementation,
+                      py::handle num_threads) {
+  const char* op = "tally_decide";
+  const Kernels& kernels = to_kernels(op, implementation);
+  const Undecided ties = to_undecided(op, "ties", ties_name);
+  const uint64_t seed = to_uint64(op, "seed", seed_object);
+  const size_t max_threads = to_num_threads(op, num_threads);
+  const CounterPlanes counters = to_counters({op, "planes"}, planes_array, Access::kRead);
+  const uint64_t num_votes = to_count(op, "num_votes", num_votes_object, counters);
+  const Argument out_argument{op, "out"};
+  const Span words = to_words(out_argument, out, Access::kWrite);
+  check_size(out_argument, words, "words", counters.width);
+  check_apart(out_argument, words, "planes", span_of(counters));
+  if (py::isinstance<py::array>(numel_or_runs)) {
+    const auto runs_array = py::reinterpret_borrow<py::array>(numel_or_runs);
+    const Runs runs = to_runs(op, runs_array, kAnyNumel, counters.width);
+    check_runs_apart(op, runs, "out", words);
+    py::gil_scoped_release release;
+    return signvote::tally_decide(kernels, counters, num_votes, runs, ties, coins_by_place, seed, words.mutable_words(),
+                                  max_threads);
+  }
+  const Run whole = whole_run(to_numel_of(op, numel_or_runs, counters));
+  py::gil_scoped_release release;
+  return signvote::tally_decide(kernels, counters, num_votes, {&whole, 1}, ties, coins_of_array, seed,
+                                words.mutable_words(), max_threads);
+}
+
+void tally_decide_ternary(const py::array& planes_array, py::handle num_votes_object, py::handle quorum_object,
+                          py::handle numel_object, const py::array& out, py::handle implementation,
+                          py::handle num_threads) {
+  const char* op = "tally_decide_ternary";
+  const Kernels& kernels = to_kernels(op, implementation);
+  const size_t max_threads = to_num_threads(op, num_threads);
+  const CounterPlanes counters = to_counters({op, "planes"}, planes_array, Access::kRead);
+  const uint64_t num_votes = to_count(op, "num_votes", num_votes_object, counters);
+  const uint64_t quorum = to_uint64(op, "quorum", quorum_object);
+  if (quorum < 1) Argument{op, "quorum"}.value_error(is_repr(quorum_object), "an integer from 1 on");
+  const size_t numel = to_numel_of(op, numel_object, counters);
+  const Argument out_argument{op, "out"};
+  const CounterPlanes words = to_counters(out_argument, out, Access::kWrite);
+  if (words.num_planes != 2 || words.width != counters.width) {
+    out_argument.value_error("has shape " + std::string(py::repr(out.attr("shape"))),
+                             "(2, " + std::to_string(counters.width) + ")");
+  }
+  check_apart(out_argument, span_of(words), "planes", span_of(counters));
+  py::gil_scoped_release release;
+  if (quorum > num_votes) {
+    std::fill_n(words.data, 2 * words.width, 0);
+  } else {
+    signvote::tally_decide_ternary(kernels, counters, num_votes, quorum, numel, words.data, words.data + words.width,
+                                   max_threads);
+  }
+}
+
+void tally_counts(const py::array& planes_array, py::handle numel_object, const py::array& out) {
+  const char* op = "tally_counts";
+  const CounterPlanes counters = to_counters({op, "planes"}, planes_array, Access::kRead);
+  const size_t numel = to_numel_of(op, numel_object, counters);
+  const Argument out_argument{op, "out"};
+  if (!has_dtype(out, "i", 4)) out_argument.type_error(is_repr(out.dtype()), "int32");
+  const Span target = to_span(out_argument, out, 4, Access::kWrite);
+  check_size(out_argument, target, "coordinates", numel);
+  check_apart(out_argument, target, "planes", span_of(counters));
+  py::gil_scoped_release release;
+  signvote::tally_counts(counters, numel, reinterpret_cast<int32_t*>(target.data));
+}
+
 std::vector<std::string> implementation_names() {
   std::vector<std::string> names;
   for (const Kernels* kernels : all_kernels()) names.emplace_back(kernels->name);
@@ -523,4 +664,13 @@ PYBIND11_MODULE(_core, m) {
         py::arg("implementation"), py::arg("num_threads") = 1);
   m.def("unpack_runs", &unpack_runs, py::arg("words"), py::arg("runs"), py::arg("dtype"), py::arg("positive"),
         py::arg("bucket"), py::arg("implementation"), py::arg("num_threads") = 1);
+  m.def("tally_add", &tally_add, py::arg("planes"), py::arg("words"), py::arg("weight"), py::arg("implementation"),
+        py::arg("num_threads") = 1);
+  m.def("tally_merge", &tally_merge, py::arg("planes"), py::arg("others"), py::arg("implementation"),
+        py::arg("num_threads") = 1);
+  m.def("tally_decide", &tally_decide, py::arg("planes"), py::arg("num_votes"), py::arg("numel_or_runs"),
+        py::arg("ties"), py::arg("seed"), py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
+  m.def("tally_decide_ternary", &tally_decide_ternary, py::arg("planes"), py::arg("num_votes"), py::arg("quorum"),
+        py::arg("numel"), py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
+  m.def("tally_counts", &tally_counts, py::arg("planes"), py::arg("numel"), py::arg("out"));
 }

@@ -8,10 +8,12 @@ from signvote.ops import (
     pack_signs,
     unpack_signs,
 )
+from signvote.tally import VoteTally
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "VoteTally",
     "__version__",
     "has_nonfinite",
     "implementations",

@@ -73,3 +73,33 @@ def unpack_runs(
     implementation: str,
     num_threads: SupportsIndex = 1,
 ) -> None: ...
+def tally_add(
+    planes: NDArray[Any],
+    words: NDArray[Any],
+    weight: SupportsIndex,
+    implementation: str,
+    num_threads: SupportsIndex = 1,
+) -> None: ...
+def tally_merge(
+    planes: NDArray[Any], others: NDArray[Any], implementation: str, num_threads: SupportsIndex = 1
+) -> None: ...
+def tally_decide(
+    planes: NDArray[Any],
+    num_votes: SupportsIndex,
+    numel_or_runs: SupportsIndex | NDArray[Any],
+    ties: str,
+    seed: SupportsIndex,
+    out: NDArray[Any],
+    implementation: str,
+    num_threads: SupportsIndex = 1,
+) -> int: ...
+def tally_decide_ternary(
+    planes: NDArray[Any],
+    num_votes: SupportsIndex,
+    quorum: SupportsIndex,
+    numel: SupportsIndex,
+    out: NDArray[Any],
+    implementation: str,
+    num_threads: SupportsIndex = 1,
+) -> None: ...
+def tally_counts(planes: NDArray[Any], numel: SupportsIndex, out: NDArray[Any]) -> None: ...

@@ -110,7 +110,7 @@ def pack_signs(
     """
     op = "pack_signs"
     source, dtype = input_coordinates(op, "x", x)
-    result, words = _words_out(op, x, (source.size + 31) // 32, out)
+    result, words = words_out(op, x, ((source.size + 31) // 32,), out)
     _core.pack_signs(source, dtype, zeros, seed, words, *choices(implementation, num_threads))
     return result
 
@@ -150,12 +150,12 @@ def pack_momentum(
     """
     op = "pack_momentum"
     source, dtype = input_coordinates(op, "x", x)
-    _check_same_kind(op, "momentum", momentum, x)
+    check_same_kind(op, "momentum", momentum, x)
     kept, momentum_dtype = written_coordinates(op, "momentum", momentum)
     expected = "float64" if dtype == "float64" else "float32"
     if momentum_dtype != expected:
         raise TypeError(f"{op}: momentum is {momentum_dtype}, expected {expected} for a {dtype} x")
-    result, words = _words_out(op, x, (source.size + 31) // 32, out)
+    result, words = words_out(op, x, ((source.size + 31) // 32,), out)
     try:
         a, b, c, d = map(float, coefficients)
     except (TypeError, ValueError):
@@ -205,14 +205,14 @@ def majority_vote(
             raise ValueError(f"{op}: stack has 0 rows, expected 1 to 65535")
         like = stack[0]
         for i, row in enumerate(stack):
-            _check_same_kind(op, f"stack[{i}]", row, like)
+            check_same_kind(op, f"stack[{i}]", row, like)
         rows = [input_words(op, f"stack[{i}]", row) for i, row in enumerate(stack)]
         width = rows[0].size
     else:
         like = stack
         rows = input_words(op, "stack", like)
         width = rows.shape[-1] if rows.ndim else 0
-    result, words = _words_out(op, like, width, out)
+    result, words = words_out(op, like, (width,), out)
     _core.majority_vote(rows, numel, ties, seed, words, *choices(implementation, num_threads))
     return result
 
@@ -260,7 +260,7 @@ def unpack_signs(
         result = _empty_coordinates(op, words, numel, dtype)
     else:
         result = out
-        _check_same_kind(op, "out", out, words)
+        check_same_kind(op, "out", out, words)
         if dtype is not None and _to_dtype(op, words, dtype) != out.dtype:
             raise TypeError(f"{op}: out is {out.dtype}, expected {dtype}")
     target, name = written_coordinates(op, "out", result)
@@ -322,17 +322,23 @@ _FINITE_BITS: dict[str, Callable[[float], int | None]] = {
 }
 
 
-def _to_numel(op: str, numel: SupportsIndex) -> int:
+def to_integer(op: str, name: str, value: SupportsIndex, smallest: int, largest: int) -> int:
+    """``value`` as an ``int`` from ``smallest`` to ``largest``, which is one less than a power of two."""
     try:
-        value = operator.index(numel)
+        integer = operator.index(value)
     except TypeError:
-        raise TypeError(f"{op}: numel is {numel!r}, expected an integer") from None
-    if not 0 <= value < 2**63:
-        raise ValueError(f"{op}: numel is {value}, expected an integer from 0 to 2**63 - 1")
-    return value
+        raise TypeError(f"{op}: {name} is {value!r}, expected an integer") from None
+    if not smallest <= integer <= largest:
+        limit = f"2**{largest.bit_length()} - 1"
+        raise ValueError(f"{op}: {name} is {integer}, expected an integer from {smallest} to {limit}")
+    return integer
 
 
-def _check_same_kind(op: str, name: str, x: object, like: object) -> None:
+def _to_numel(op: str, numel: SupportsIndex) -> int:
+    return to_integer(op, "numel", numel, 0, 2**63 - 1)
+
+
+def check_same_kind(op: str, name: str, x: object, like: object) -> None:
     kind = torch.Tensor if isinstance(like, torch.Tensor) else np.ndarray
     if not isinstance(x, kind):
         expected = "a torch tensor" if kind is torch.Tensor else "a NumPy array"
@@ -394,15 +400,15 @@ def written_words(op: str, name: str, x: AnyArray) -> NDArray[Any]:
     return input_words(op, name, x, written=True)
 
 
-def _words_out(op: str, like: AnyArray, size: int, out: Any) -> tuple[Any, NDArray[Any]]:
+def words_out(op: str, like: AnyArray, shape: tuple[int, ...], out: Any) -> tuple[Any, NDArray[Any]]:
     """``out`` or new words of the kind of ``like``, and their memory."""
     if out is None:
         if isinstance(like, np.ndarray):
-            words = np.empty(size, np.uint32)
+            words = np.empty(shape, np.uint32)
             return words, words
-        tensor = torch.empty(size, dtype=torch.int32)
+        tensor = torch.empty(shape, dtype=torch.int32)
         return tensor, tensor.numpy()
-    _check_same_kind(op, "out", out, like)
+    check_same_kind(op, "out", out, like)
     return out, written_words(op, "out", out)
 
 

@@ -31,16 +31,29 @@ namespace {
   exit(1);
 }
 
-enum Op : int64_t { kPackSigns, kPackMomentum, kHasNonfinite, kMajorityVote, kUnpackSigns };
-constexpr const char* kOpNames[] = {"pack_signs", "pack_momentum", "has_nonfinite", "majority_vote", "unpack_signs"};
+enum Op : int64_t {
+  kPackSigns,
+  kPackMomentum,
+  kHasNonfinite,
+  kMajorityVote,
+  kUnpackSigns,
+  kAddCounts,
+  kDecideCounts,
+  kDecideCountsTernary,
+  kNumOps
+};
+constexpr const char* kOpNames[] = {"pack_signs",   "pack_momentum", "has_nonfinite", "majority_vote",
+                                    "unpack_signs", "add_counts",    "decide_counts", "decide_counts_ternary"};
 constexpr const char* kDTypeNames[] = {"float32", "float64", "float16", "bfloat16"};
 constexpr size_t kItemSizes[] = {4, 8, 2, 2};
 
 // As tests/test_driver.py writes it, followed by the arrays that the op reads and those that it should have written.
 struct Header {
-  int64_t op, dtype, undecided, numel, num_rows;
+  int64_t op, dtype, undecided, numel;
+  int64_t num_rows;  // or planes
   uint64_t coins, positive;
-  int64_t counts[2];  // what the op should return
+  uint64_t limits[2];  // of counters: the addends that are not null, as bits; num_votes; negative_below, positive_from
+  int64_t counts[2];   // what the op should return
   MomentumCoefficients coefficients;
 };
 
@@ -148,6 +161,16 @@ struct Buffers {
   Buffer first, second, out;
 };
 
+// Rows, or planes, of words that lie one behind the other.
+template <class Word, class Byte>
+std::vector<Word*> rows_of(const Header& h, Byte* data) {
+  std::vector<Word*> rows;
+  for (int64_t i = 0; i < h.num_rows; ++i) {
+    rows.push_back(reinterpret_cast<Word*>(data) + static_cast<size_t>(i * ((h.numel + 31) / 32)));
+  }
+  return rows;
+}
+
 // What is wrong, or nothing.
 std::string run(const Kernels& kernels, const Case& c, Buffers& buffers, Placement placement) {
   const Header& h = c.header;
@@ -179,10 +202,7 @@ std::string run(const Kernels& kernels, const Case& c, Buffers& buffers, Placeme
       counts[0] = kernels.has_nonfinite[h.dtype](in, numel);
       break;
     case kMajorityVote: {
-      std::vector<const uint32_t*> rows;
-      for (int64_t i = 0; i < h.num_rows; ++i) {
-        rows.push_back(reinterpret_cast<const uint32_t*>(in) + static_cast<size_t>(i) * ((numel + 31) / 32));
-      }
+      const auto rows = rows_of<const uint32_t>(h, in);
       counts[0] =
           static_cast<int64_t>(kernels.majority_vote(rows.data(), rows.size(), numel, undecided, h.coins, out_words));
       break;
@@ -190,6 +210,27 @@ std::string run(const Kernels& kernels, const Case& c, Buffers& buffers, Placeme
     case kUnpackSigns:
       kernels.unpack_signs[h.dtype](reinterpret_cast<const uint32_t*>(in), numel, h.positive, out);
       break;
+    case kAddCounts: {
+      if (!c.inputs[1].empty()) memcpy(out, c.inputs[1].data(), c.inputs[1].size());
+      auto addends = rows_of<const uint32_t>(h, in);
+      for (size_t i = 0; i < addends.size(); ++i) {
+        if ((h.limits[0] >> i & 1) == 0) addends[i] = nullptr;
+      }
+      kernels.add_counts(rows_of<uint32_t>(h, out).data(), addends.size(), addends.data(), numel);
+      break;
+    }
+    case kDecideCounts: {
+      const auto planes = rows_of<const uint32_t>(h, in);
+      counts[0] = static_cast<int64_t>(
+          kernels.decide_counts(planes.data(), planes.size(), h.limits[0], numel, undecided, h.coins, out_words));
+      break;
+    }
+    case kDecideCountsTernary: {
+      const auto planes = rows_of<const uint32_t>(h, in);
+      kernels.decide_counts_ternary(planes.data(), planes.size(), h.limits[0], h.limits[1], numel, out_words,
+                                    out_words + (numel + 31) / 32);
+      break;
+    }
     default:
       fail("unknown op");
   }
@@ -220,10 +261,11 @@ bool read_case(FILE* file, Case* c) {
   ungetc(first, file);
   Header& h = c->header;
   read(file, &h, sizeof h);
-  if (h.op < kPackSigns || h.op > kUnpackSigns || h.dtype < 0 || h.dtype >= kNumDTypes) fail("not a case");
+  if (h.op < 0 || h.op >= kNumOps || h.dtype < 0 || h.dtype >= kNumDTypes) fail("not a case");
   const auto numel = static_cast<size_t>(h.numel);
   const size_t words = (numel + 31) / 32 * 4, coordinates = numel * kItemSizes[h.dtype];
   const size_t momentum = numel * (h.dtype == kFloat64 ? 8 : 4);
+  const size_t planes = static_cast<size_t>(h.num_rows) * words;  // or rows
   c->inputs.clear();
   c->outputs.clear();
   const auto input = [&](size_t size) { c->inputs.push_back(read_bytes(file, size)); };
@@ -239,10 +281,19 @@ bool read_case(FILE* file, Case* c) {
       input(coordinates);
       break;
     case kMajorityVote:
-      input(static_cast<size_t>(h.num_rows) * words), output(words);
+      input(planes), output(words);
+      break;
+    case kUnpackSigns:
+      input(words), output(coordinates);
+      break;
+    case kAddCounts:
+      input(planes), input(planes), output(planes);
+      break;
+    case kDecideCounts:
+      input(planes), output(words);
       break;
     default:
-      input(words), output(coordinates);
+      input(planes), output(2 * words);
   }
   return true;
 }

@@ -7,7 +7,7 @@ first out, in DDP's bucket order.
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -45,7 +45,7 @@ class Channel:
         self._group = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self._first = dist.get_global_rank(group, 0)
+        self._ranks = dist.get_process_group_ranks(group)
         self._traffic = traffic
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="signvote")
         self._last: Future[None] | None = None
@@ -82,18 +82,34 @@ class Channel:
         others = sent.nbytes * (self.size - 1)
         self._run("all_gather", _all_gather, received.view(-1), sent.view(-1), to_others=others, from_others=others)
 
-    def gather(self, received: torch.Tensor | None, sent: torch.Tensor) -> None:
-        """Row m of ``received``, on rank 0, is what rank m sent."""
-        group_rows = list(received) if received is not None else None
+    def send_to_first(self, sent: torch.Tensor) -> None:
+        """``sent`` goes to rank 0, which calls :meth:`receive_in_turn`."""
+        self._run("gather", dist.send, sent.view(-1), to_others=sent.nbytes, from_others=0, dst=self._ranks[0])
+
+    def receive_in_turn(self, own: torch.Tensor, received: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """On rank 0: each rank and its message, in the order of the ranks, beginning with ``own``.
+
+        A message stays in its row of ``received``, which has two, until the next one is asked for, and arrives while
+        the caller is busy with the one before.
+        """
+        arriving = self._begin_to_receive(1, received)
+        yield 0, own.view(-1)
+        for rank in range(1, self.size):
+            self._run("gather", lambda group, work=arriving: work.wait(), to_others=0, from_others=own.nbytes)
+            arriving = self._begin_to_receive(rank + 1, received)
+            yield rank, received[rank % 2]
+
+    def _begin_to_receive(self, rank: int, received: torch.Tensor) -> dist.Work | None:
+        if rank == self.size:
+            return None
+        work: list[dist.Work | None] = []
         self._run(
             "gather",
-            dist.gather,
-            sent.view(-1),
-            group_rows,
-            to_others=0 if self.rank == 0 else sent.nbytes,
-            from_others=sent.nbytes * (self.size - 1) if self.rank == 0 else 0,
-            dst=self._first,
+            lambda group: work.append(dist.irecv(received[rank % 2], src=self._ranks[rank], group=group)),
+            to_others=0,
+            from_others=0,
         )
+        return work[0]
 
     def broadcast(self, words: torch.Tensor) -> None:
         """``words`` of rank 0 to all."""
@@ -103,7 +119,7 @@ class Channel:
             words,
             to_others=words.nbytes * (self.size - 1) if self.rank == 0 else 0,
             from_others=0 if self.rank == 0 else words.nbytes,
-            src=self._first,
+            src=self._ranks[0],
         )
 
     def _run(

@@ -3,6 +3,8 @@
 # No `from __future__ import annotations` here: DDP compares the hook's annotations with the classes themselves.
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from signvote.ddp.channel import Channel
 from signvote.ddp.state import BucketPlan, MajorityVoteState
 from signvote.ddp.trailer import Trailer, vote_tag
 from signvote.runs import pack_runs, unpack_runs, vote_runs
+from signvote.tally import VoteTally
 
 # What a coin is drawn for.
 _ZEROS, _TIES = range(2)
@@ -185,27 +188,47 @@ def _exchange(vote: _Vote, future: "torch.futures.Future[Any]") -> None:
     state = vote.state
     if state.failure is None:
         try:
-            vote.plan.exchange.run(vote.channel, lambda received, voted: _decide(vote, received, voted))
+            vote.plan.exchange.run(vote.channel, _Voter(vote))
         except Exception as error:
             state.fail(f"{vote.name}: {error}")
     future.set_result(state.failure)
 
 
-def _decide(vote: _Vote, received: torch.Tensor, voted: torch.Tensor) -> None:
+class _Voter:
     """The vote of this rank's shard, and what its trailers say together."""
-    state, plan = vote.state, vote.plan
-    start = time.perf_counter()
-    ties = vote_runs(
-        received,
-        plan.voter_runs,
-        voted.view(-1),
-        ties=state.options.ties,
-        seed=_derive(state.options.seed, _TIES, vote.step),
-        implementation=state.implementation,
-        num_threads=vote.num_threads_of_worker,
-    )
-    trailer.combine(received.numpy(), ties).write(voted.numpy())
-    state.counters.vote_seconds += time.perf_counter() - start
+
+    def __init__(self, vote: _Vote) -> None:
+        self._vote = vote
+        state = vote.state
+        self._chosen: dict[str, Any] = {
+            "implementation": state.implementation,
+            "num_threads": vote.num_threads_of_worker,
+        }
+        self._ties: dict[str, Any] = {
+            "ties": state.options.ties,
+            "seed": _derive(state.options.seed, _TIES, vote.step),
+            **self._chosen,
+        }
+
+    def vote(self, received: torch.Tensor, voted: torch.Tensor) -> None:
+        with self._timed():
+            ties = vote_runs(received, self._vote.plan.voter_runs, voted.view(-1), **self._ties)
+            trailer.combine(received.numpy(), ties).write(voted.numpy())
+
+    def add(self, tally: VoteTally[torch.Tensor], message: torch.Tensor) -> None:
+        with self._timed():
+            tally.add(message, **self._chosen)
+
+    def decide(self, tally: VoteTally[torch.Tensor], trailers: torch.Tensor, voted: torch.Tensor) -> None:
+        with self._timed():
+            ties = tally.decide_runs(self._vote.plan.voter_runs, voted.view(-1), **self._ties)
+            trailer.combine(trailers.numpy(), ties).write(voted.numpy())
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._vote.state.counters.vote_seconds += time.perf_counter() - start
 
 
 def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:

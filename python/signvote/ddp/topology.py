@@ -7,9 +7,21 @@ import torch
 
 from signvote.ddp.channel import Channel
 from signvote.ddp.layout import BucketLayout
+from signvote.ddp.trailer import TRAILER_WORDS
+from signvote.tally import VoteTally
 
-#: vote(received, voted): the vote of the rows of ``received``, written into the one row ``voted``.
-Vote = Callable[[torch.Tensor, torch.Tensor], None]
+
+class Voter(Protocol):
+    """How an exchange has its messages voted on."""
+
+    def vote(self, received: torch.Tensor, voted: torch.Tensor) -> None:
+        """The vote of the rows of ``received``, into the one row ``voted``."""
+
+    def add(self, tally: VoteTally[torch.Tensor], message: torch.Tensor) -> None:
+        """Count one message."""
+
+    def decide(self, tally: VoteTally[torch.Tensor], trailers: torch.Tensor, voted: torch.Tensor) -> None:
+        """The vote of the messages counted, whose trailers are the rows of ``trailers``, into the one row ``voted``."""
 
 
 class Exchange(Protocol):
@@ -25,7 +37,7 @@ class Exchange(Protocol):
     result: torch.Tensor
     shard: int | None
 
-    def run(self, channel: Channel, vote: Vote) -> None: ...
+    def run(self, channel: Channel, voter: Voter) -> None: ...
 
 
 class Sharded:
@@ -41,9 +53,9 @@ class Sharded:
         self.voted = layout.new_message(1)
         self.result = layout.new_message()
 
-    def run(self, channel: Channel, vote: Vote) -> None:
+    def run(self, channel: Channel, voter: Voter) -> None:
         channel.all_to_all(self.received, self.sent)
-        vote(self.received, self.voted)
+        voter.vote(self.received, self.voted)
         channel.all_gather(self.result, self.voted)
 
 
@@ -56,24 +68,35 @@ class AllGather:
         self.received = layout.new_message(size)
         self.result = layout.new_message()
 
-    def run(self, channel: Channel, vote: Vote) -> None:
+    def run(self, channel: Channel, voter: Voter) -> None:
         channel.all_gather(self.received, self.sent)
-        vote(self.received, self.result)
+        voter.vote(self.received, self.result)
 
 
 class Server:
-    """Bernstein et al. 2018, Algorithm 3 to the letter: rank 0 is the server."""
+    """Bernstein et al. 2018, Algorithm 3 to the letter: rank 0 is the server.
+
+    It counts each message as it arrives, while the next one is under way, so that its memory grows with log2(M) only.
+    """
 
     def __init__(self, layout: BucketLayout, rank: int, size: int) -> None:
         self.shard: int | None = 0 if rank == 0 else None
         self.sent = layout.new_message()
-        self.received = layout.new_message(size) if rank == 0 else None
         self.result = layout.new_message()
+        if rank == 0:
+            self.received = layout.new_message(2)
+            self.trailers = torch.zeros(size, TRAILER_WORDS, dtype=torch.int32)
+            self.tally: VoteTally[torch.Tensor] = VoteTally(32 * layout.row_words, size)
 
-    def run(self, channel: Channel, vote: Vote) -> None:
-        channel.gather(self.received, self.sent)
-        if self.received is not None:
-            vote(self.received, self.result)
+    def run(self, channel: Channel, voter: Voter) -> None:
+        if self.shard is None:
+            channel.send_to_first(self.sent)
+        else:
+            self.tally.clear()
+            for rank, message in channel.receive_in_turn(self.sent, self.received):
+                voter.add(self.tally, message)
+                self.trailers[rank] = message[-TRAILER_WORDS:]
+            voter.decide(self.tally, self.trailers, self.result)
         channel.broadcast(self.result)
 
 
