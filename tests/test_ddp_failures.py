@@ -297,8 +297,9 @@ def test_a_failed_state_works_with_the_next_process_group(ranks: RankPool) -> No
 def raise_and_train_on() -> str:
     """Buckets of the step that raised are still on their way when the next step begins."""
     job = Job("deep", options={"nonfinite": "raise"}, ddp={"bucket_cap_mb": 1e-5}, record=False)
-    ddp, _, _ = build(job)
+    ddp, state, _ = build(job)
     optimizer = SignSGD(ddp.parameters(), lr=0.01)
+    saved = state.state_dict()
     with delayed_worker(torch.Generator().manual_seed(dist.get_rank())):
         for i, x in enumerate(batches(8, dist.get_rank())):
             bad = i == 4
@@ -306,6 +307,9 @@ def raise_and_train_on() -> str:
                 optimizer.zero_grad()
                 (ddp(x).square().mean() * (torch.nan if bad and dist.get_rank() == 1 else 1.0)).backward()
                 optimizer.step()
+        state.load_state_dict(saved)  # the step that raised comes again, with other data
+        for x in batches(8, dist.get_rank(), first=8):
+            step(ddp, optimizer, job, x)
     return digest(ddp.module)
 
 

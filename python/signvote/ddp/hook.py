@@ -243,10 +243,10 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
     counters.voted += plan.layout.numel
     counters.ties += result.ties
     counters.nonfinite += result.nonfinite
-    if state.is_aborted(vote.step):
+    if state.is_aborted:
         raise RuntimeError(f"{vote.name}: an earlier bucket of this step has raised")
     if result.nonfinite and state.options.nonfinite == "raise":
-        state.abort_step(vote.step)
+        state.is_aborted = True
         raise RuntimeError(
             f"signvote: step {vote.step}, bucket {vote.index}: {result.nonfinite} gradient coordinates are NaN or inf, "
             f"the lowest rank that has any is {result.first_rank - 1}"

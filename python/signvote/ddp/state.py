@@ -113,7 +113,8 @@ class MajorityVoteState:
         self._last_bucket = -1
         self._channel: Channel | None = None
         self._failure: str | None = None
-        self._aborted_step = 0
+        # DDP stops at the first bucket that raises: those behind it must not write into gradients any more.
+        self.is_aborted = False
 
     # -- Parameters -----------------------------------------------------------------------------------------------
 
@@ -256,13 +257,6 @@ class MajorityVoteState:
     def failure(self) -> str | None:
         return self._failure
 
-    def abort_step(self, step: int) -> None:
-        """DDP stops at the first bucket that raises: those behind it must not write into gradients any more."""
-        self._aborted_step = step
-
-    def is_aborted(self, step: int) -> bool:
-        return self._aborted_step == step
-
     # -- Steps and counters ---------------------------------------------------------------------------------------
 
     def begin(self, channel: Channel, bucket_index: int) -> int:
@@ -272,6 +266,7 @@ class MajorityVoteState:
         """
         if bucket_index <= self._last_bucket or self._last_bucket < 0:
             channel.wait_idle()  # only after an error does the last pass leave anything behind
+            self.is_aborted = False
             self.step += 1
             self.counters.steps += 1
         self._last_bucket = bucket_index
