@@ -18,6 +18,8 @@ namespace signvote {
 namespace {
 
 constexpr size_t kBlock = 64;
+constexpr size_t kWords = 2 * Words::kCount;    // 32-bit words to a register
+constexpr size_t kGroupBlocks = Words::kCount;  // blocks whose words, or coins, fill a register
 
 template <DType kDType>
 struct Format;
@@ -73,6 +75,24 @@ inline uint64_t undecided_bits(Undecided rule, uint64_t coins) {
   return rule == kCoin ? mix(coins) : rule == kPositive ? ~uint64_t{0} : 0;
 }
 
+// The coins of as many blocks in a row as a register has lanes. `sum` holds their numbers after the first sum of mix().
+inline Words coin_lanes(Words sum) {
+  Words x = (sum ^ shift_right<30>(sum)) * broadcast<uint64_t>(0xBF58476D1CE4E5B9);
+  x = (x ^ shift_right<27>(x)) * broadcast<uint64_t>(0x94D049BB133111EB);
+  return x ^ shift_right<31>(x);
+}
+inline Words coin_sum(uint64_t coins) { return broadcast<uint64_t>(coins + 0x9E3779B97F4A7C15u) + lane_index(); }
+
+inline Words undecided_lanes(Undecided rule, uint64_t coins) {
+  return rule == kCoin ? coin_lanes(coin_sum(coins)) : broadcast<uint64_t>(undecided_bits(rule, 0));
+}
+
+// Bit i is predicate(x[i]), for the 64 elements at x.
+template <class U, class Predicate>
+inline uint64_t bits_where(const U* x, const Predicate& predicate) {
+  return mask_of_64<U>([&](size_t i) { return predicate(load(x + i)); });
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // pack_signs, has_nonfinite
 
@@ -80,7 +100,7 @@ template <DType kDType>
 inline uint64_t find_nonfinite(const BitsOf<kDType>* x) {
   using U = BitsOf<kDType>;
   const Lanes<U> magnitude = broadcast<U>(kMagnitude<U>), largest = broadcast<U>(Format<kDType>::kInfinity - 1);
-  return mask_of_64(x, [=](Lanes<U> u) { return greater(u & magnitude, largest); });
+  return bits_where(x, [=](Lanes<U> u) { return greater(u & magnitude, largest); });
 }
 
 struct Signs {
@@ -96,14 +116,14 @@ inline Signs find_signs(const BitsOf<kDType>* x) {
   // Adding the sign bit to both sides makes it a signed comparison; magnitude - 1 + sign bit = magnitude + kMagnitude.
   const Lanes<U> limit = broadcast<U>(static_cast<U>((kInfinity - 2) ^ kSignBit<U>));
   Signs signs{0, 0, 0};
-  signs.positive = mask_of_64(x, [=](Lanes<U> u) { return greater(u, zero); });
-  const uint64_t special = mask_of_64(x, [=](Lanes<U> u) { return greater((u & magnitude) + magnitude, limit); });
+  signs.positive = bits_where(x, [=](Lanes<U> u) { return greater(u, zero); });
+  const uint64_t special = bits_where(x, [=](Lanes<U> u) { return greater((u & magnitude) + magnitude, limit); });
   if (special != 0) {
     signs.nonfinite = find_nonfinite<kDType>(x);
     signs.zero = special ^ signs.nonfinite;
     if (signs.nonfinite != 0) {
       const Lanes<U> infinity = broadcast<U>(kInfinity);
-      signs.positive &= ~mask_of_64(x, [=](Lanes<U> u) { return greater(u, infinity); });
+      signs.positive &= ~bits_where(x, [=](Lanes<U> u) { return greater(u, infinity); });
     }
   }
   return signs;
@@ -131,12 +151,67 @@ struct Tail {
   }
 };
 
+constexpr size_t kGroup = kGroupBlocks * kBlock;
+
+// What tells whether there is a zero, or a number that is not finite, among many.
+template <DType kDType>
+struct Magnitudes {
+  using U = BitsOf<kDType>;
+  Lanes<U> least = broadcast<U>(kMagnitude<U>), greatest = broadcast<U>(0);
+
+  void add(Lanes<U> u) {
+    const Lanes<U> magnitude = u & broadcast<U>(kMagnitude<U>);
+    least = min(least, magnitude);
+    greatest = max(greatest, magnitude);
+  }
+  bool any_zero() const { return any(greater(broadcast<U>(1), least)); }
+  bool any_nonfinite() const { return any(greater(greatest, broadcast<U>(Format<kDType>::kInfinity - 1))); }
+};
+
+// Completes the words of the group at x, where so far a bit is 1 for x > 0 as integers.
+template <DType kDType>
+inline void finish_group(const BitsOf<kDType>* x, const Magnitudes<kDType>& magnitudes, Undecided zeros, uint64_t coins,
+                         uint32_t* words, PackCounts& counts) {
+  using U = BitsOf<kDType>;
+  if (magnitudes.any_nonfinite()) {
+    for (size_t block = 0; block < kGroupBlocks; ++block) {
+      const Signs signs = find_signs<kDType>(x + block * kBlock);
+      store_block(words + 2 * block, decide_block(signs, zeros, coins + block, counts), kBlock);
+    }
+  } else if (magnitudes.any_zero()) {
+    const Lanes<U> magnitude = broadcast<U>(kMagnitude<U>), one = broadcast<U>(1);
+    uint64_t zero_blocks[kGroupBlocks];
+    for (size_t block = 0; block < kGroupBlocks; ++block) {
+      zero_blocks[block] = bits_where(x + block * kBlock, [=](Lanes<U> u) { return greater(one, u & magnitude); });
+      counts.zeros += popcount(zero_blocks[block]);
+    }
+    store_words(words, load_words(words) | (load(zero_blocks) & undecided_lanes(zeros, coins)));
+  }
+}
+
+template <DType kDType>
+inline void pack_group(const BitsOf<kDType>* x, Undecided zeros, uint64_t coins, uint32_t* words, PackCounts& counts) {
+  using U = BitsOf<kDType>;
+  Magnitudes<kDType> magnitudes;
+  for (size_t block = 0; block < kGroupBlocks; ++block) {
+    store_mask_of_64<U>(words + 2 * block, [&](size_t i) {
+      const Lanes<U> u = load(x + block * kBlock + i);
+      magnitudes.add(u);
+      return greater(u, broadcast<U>(0));
+    });
+  }
+  finish_group<kDType>(x, magnitudes, zeros, coins, words, counts);
+}
+
 template <DType kDType>
 SIGNVOTE_FLATTEN PackCounts pack_signs(const void* data, size_t numel, Undecided zeros, uint64_t coins,
                                        uint32_t* words) {
   using U = BitsOf<kDType>;
   const U* x = static_cast<const U*>(data);
   PackCounts counts{0, 0};
+  for (; numel >= kGroup; numel -= kGroup, x += kGroup, words += kWords, coins += kGroupBlocks) {
+    pack_group<kDType>(x, zeros, coins, words, counts);
+  }
   for (; numel >= kBlock; numel -= kBlock, x += kBlock, words += 2, ++coins) {
     store_block(words, decide_block(find_signs<kDType>(x), zeros, coins, counts), kBlock);
   }
@@ -175,8 +250,9 @@ inline auto load_reals(const BitsOf<kDType>* x) {
 inline float as_coefficient(uint32_t, double value) { return static_cast<float>(value); }
 inline double as_coefficient(uint64_t, double value) { return value; }
 
-// The rule of momentum for a block: V is the width of momentum's dtype.
-template <DType kDType>
+// The rule of momentum: V is the width of momentum's dtype. With one coefficient for both, as in Signum, what is sent
+// is what is kept.
+template <DType kDType, bool kSendsKept>
 struct MomentumRule {
   static constexpr DType kMomentum = Format<kDType>::kMomentum;
   using U = BitsOf<kDType>;
@@ -197,13 +273,54 @@ struct MomentumRule {
     return where(greater(a & magnitude, below), a);
   }
 
-  // m is replaced; what to send goes to v. The gradient is finite.
+  // As many coordinates as a register holds: m is replaced, and what to send goes to v as well. The gradient is finite.
+  Lanes<V> update_lanes(const U* gradient, V* m, V* v) const {
+    const auto g_i = load_reals<kDType>(gradient);
+    const auto m_i = as_reals(load(m));
+    const Lanes<V> kept = without_subnormals(as_bits(keep_momentum * m_i + keep_gradient * g_i));
+    store(m, kept);
+    if constexpr (kSendsKept) return kept;
+    const Lanes<V> sent = without_subnormals(as_bits(send_momentum * m_i + send_gradient * g_i));
+    store(v, sent);
+    return sent;
+  }
+
+  // A group. The rare case of a gradient that is not finite is left to signs(), block by block.
+  void pack_group(const U* gradient, V* m, Undecided zeros, uint64_t coins, uint32_t* words, PackCounts& counts) const {
+    if (is_finite(gradient)) {
+      V sent[kSendsKept ? 1 : kGroup];
+      V* const v = kSendsKept ? m : sent;
+      Magnitudes<kMomentum> magnitudes;
+      for (size_t block = 0; block < kGroupBlocks; ++block) {
+        store_mask_of_64<V>(words + 2 * block, [&](size_t i) {
+          const size_t at = block * kBlock + i;
+          const Lanes<V> lanes = update_lanes(gradient + at, m + at, v + at);
+          magnitudes.add(lanes);
+          return greater(lanes, broadcast<V>(0));
+        });
+      }
+      finish_group<kMomentum>(v, magnitudes, zeros, coins, words, counts);
+    } else {
+      for (size_t block = 0; block < kGroupBlocks; ++block) {
+        const Signs found = signs(gradient + block * kBlock, m + block * kBlock);
+        store_block(words + 2 * block, decide_block(found, zeros, coins + block, counts), kBlock);
+      }
+    }
+  }
+
+  static bool is_finite(const U* gradient) {
+    Lanes<U> greatest = broadcast<U>(0);
+    for (size_t i = 0; i < kGroup; i += Lanes<U>::kCount) {
+      greatest = max(greatest, load(gradient + i) & broadcast<U>(kMagnitude<U>));
+    }
+    return !any(greater(greatest, broadcast<U>(Format<kDType>::kInfinity - 1)));
+  }
+
+  // A block: m is replaced, and what to send goes to v. The gradient is finite.
   void update(const U* gradient, V* m, V* v) const {
     for (size_t i = 0; i < kBlock; i += Lanes<V>::kCount) {
-      const auto g_i = load_reals<kDType>(gradient + i);
-      const auto m_i = as_reals(load(m + i));
-      store(v + i, without_subnormals(as_bits(send_momentum * m_i + send_gradient * g_i)));
-      store(m + i, without_subnormals(as_bits(keep_momentum * m_i + keep_gradient * g_i)));
+      const Lanes<V> sent = update_lanes(gradient + i, m + i, v + i);
+      if constexpr (kSendsKept) store(v + i, sent);
     }
   }
 
@@ -228,33 +345,44 @@ struct MomentumRule {
   }
 };
 
-template <DType kDType>
-SIGNVOTE_FLATTEN PackCounts pack_momentum(const void* gradient_data, void* momentum_data, size_t numel,
-                                          const MomentumCoefficients& coefficients, Undecided zeros, uint64_t coins,
-                                          uint32_t* words) {
-  using U = BitsOf<kDType>;
-  using V = typename MomentumRule<kDType>::V;
-  // This is arithmetic, and the caller's thread may flush subnormal numbers or round otherwise.
-  fenv_t environment;
-  fegetenv(&environment);
-  fesetenv(FE_DFL_ENV);
-  const MomentumRule<kDType> rule(coefficients);
-  const U* gradient = static_cast<const U*>(gradient_data);
-  V* m = static_cast<V*>(momentum_data);
+template <DType kDType, bool kSendsKept>
+SIGNVOTE_FLATTEN PackCounts pack_with(const MomentumRule<kDType, kSendsKept>& rule, const BitsOf<kDType>* gradient,
+                                      typename MomentumRule<kDType, kSendsKept>::V* m, size_t numel, Undecided zeros,
+                                      uint64_t coins, uint32_t* words) {
   PackCounts counts{0, 0};
+  for (; numel >= kGroup; numel -= kGroup, gradient += kGroup, m += kGroup, words += kWords, coins += kGroupBlocks) {
+    rule.pack_group(gradient, m, zeros, coins, words, counts);
+  }
   for (; numel >= kBlock; numel -= kBlock, gradient += kBlock, m += kBlock, words += 2, ++coins) {
     store_block(words, decide_block(rule.signs(gradient, m), zeros, coins, counts), kBlock);
   }
   if (numel > 0) {
-    const Tail<U> gradient_tail(gradient, numel);
-    Tail<V> m_tail(m, numel);
+    const Tail gradient_tail(gradient, numel);
+    Tail m_tail(m, numel);
     Signs signs = rule.signs(gradient_tail.block, m_tail.block);
-    memcpy(m, m_tail.block, numel * sizeof(V));
+    memcpy(m, m_tail.block, numel * sizeof *m);
     signs.positive &= low_bits(numel);
     signs.zero &= low_bits(numel);
     signs.nonfinite &= low_bits(numel);
     store_block(words, decide_block(signs, zeros, coins, counts), numel);
   }
+  return counts;
+}
+
+template <DType kDType>
+PackCounts pack_momentum(const void* gradient_data, void* momentum_data, size_t numel,
+                         const MomentumCoefficients& coefficients, Undecided zeros, uint64_t coins, uint32_t* words) {
+  // This is arithmetic, and the caller's thread may flush subnormal numbers or round otherwise.
+  fenv_t environment;
+  fegetenv(&environment);
+  fesetenv(FE_DFL_ENV);
+  const auto* gradient = static_cast<const BitsOf<kDType>*>(gradient_data);
+  auto* m = static_cast<BitsOf<Format<kDType>::kMomentum>*>(momentum_data);
+  const bool sends_kept = coefficients.send_momentum == coefficients.keep_momentum &&
+                          coefficients.send_gradient == coefficients.keep_gradient;
+  const PackCounts counts =
+      sends_kept ? pack_with(MomentumRule<kDType, true>(coefficients), gradient, m, numel, zeros, coins, words)
+                 : pack_with(MomentumRule<kDType, false>(coefficients), gradient, m, numel, zeros, coins, words);
   fesetenv(&environment);
   return counts;
 }
@@ -281,15 +409,12 @@ SIGNVOTE_FLATTEN void unpack_signs(const uint32_t* words, size_t numel, uint64_t
 // majority_vote
 //
 // Vertical counters: bit j of the count of 64 coordinates at once is one word, and carry-save adders add rows of words
-// to it. A count starts at 2^k - 1 - num_rows / 2 instead of 0, with the smallest k that makes this no less than 0:
-// then a majority is bit k of the count, and a tie is a count whose bits 0 to k - 1 are all 1.
-
-// mix() without its first sum.
-inline Words mix_after_sum(Words x) {
-  x = (x ^ shift_right<30>(x)) * broadcast<uint64_t>(0xBF58476D1CE4E5B9);
-  x = (x ^ shift_right<27>(x)) * broadcast<uint64_t>(0x94D049BB133111EB);
-  return x ^ shift_right<31>(x);
-}
+// to it. The count of an odd number of rows starts at 2^k - 1 - num_rows / 2 instead of 0, with the smallest k that
+// makes this no less than 0: then a majority is bit k of the count.
+//
+// The last of an even number of rows stays out of the count. The rows tie where the others have a majority of one and
+// the last row is against it, that is where bits 0 to k - 1 of the count all differ from bit k, and bit k from the last
+// row. Elsewhere the majority of the others stands.
 
 constexpr int count_bits_below_majority(size_t num_rows) {
   int k = 0;
@@ -300,22 +425,30 @@ constexpr size_t first_count(size_t num_rows) {
   return (size_t{1} << count_bits_below_majority(num_rows)) - 1 - num_rows / 2;
 }
 
-// No bit is 1 in both.
-// For an even number of rows no bit is 1 in both.
+// Where a tie is, the majority means nothing.
 struct Decision {
   Words majority, tie;
 };
 
+constexpr size_t odd_rows(size_t num_rows) { return num_rows - (num_rows + 1) % 2; }
+
+// `low` are bits 0 to num_low - 1 of the count that has the majority in the bit above them.
+inline Decision with_last_row(const Words* low, int num_low, Words majority, Words last) {
+  Words tie = majority ^ last;
+  for (int j = 0; j < num_low; ++j) tie = tie & (low[j] ^ majority);
+  return {majority, tie};
+}
+
 // Adds kNum bits of weight 1 and kHigher bits of weight 2, 4, and so on; the count starts at kFirst and has its
-// majority in bit kLevels.
+// majority in bit kLevels, which is returned. The bits below it go to `low`.
 template <int kLevels, size_t kFirst, int kHigher = 0, int kNum>
-inline Decision decide(const Words (&bits)[kNum], const Words* higher = nullptr) {
+inline Words count_bits(const Words (&bits)[kNum], Words* low, const Words* higher = nullptr) {
   if constexpr (kLevels == 0) {
     // The count never exceeds this bit, so that at most one of its addends is 1.
     Words majority = bits[0];
 #pragma GCC unroll 16
     for (int i = 1; i < kNum; ++i) majority = majority ^ bits[i];
-    return {majority, broadcast<uint64_t>(~uint64_t{0})};
+    return majority;
   } else {
     constexpr bool kOne = kFirst % 2 != 0;
     constexpr int kFullAdders = (kNum - 1) / 2;
@@ -337,9 +470,9 @@ inline Decision decide(const Words (&bits)[kNum], const Words* higher = nullptr)
       sum = sum ^ ones;
     }
     if constexpr (kHigher > 0) carries[kCarries] = higher[0];
-    const Decision above =
-        decide<kLevels - 1, kFirst / 2, (kHigher > 0 ? kHigher - 1 : 0)>(carries, kHigher > 0 ? higher + 1 : nullptr);
-    return {above.majority, above.tie & sum};
+    low[0] = sum;
+    return count_bits<kLevels - 1, kFirst / 2, (kHigher > 0 ? kHigher - 1 : 0)>(carries, low + 1,
+                                                                                kHigher > 0 ? higher + 1 : nullptr);
   }
 }
 
@@ -358,10 +491,12 @@ inline Words add_rows(Words* planes, const LoadRow& load_row, size_t first) {
   }
 }
 
-constexpr size_t kWords = 2 * Words::kCount;  // 32-bit words to a register
-constexpr size_t kTile = 512 / kWords;        // registers to a tile
-constexpr size_t kLine = 16;                  // 32-bit words to a line of the cache
-constexpr int kMaxPlanes = 17;                // as many as 65535 rows need, and one that stays empty
+constexpr size_t kTile = 512 / kWords;  // registers to a tile
+constexpr size_t kLine = 16;            // 32-bit words to a line of the cache
+constexpr int kMaxPlanes = 17;          // as many as 65535 rows need, and one that stays empty
+
+// Bit j of a number, for all coordinates.
+inline Words bit_of(size_t number, int j) { return broadcast<uint64_t>((number >> j & 1) != 0 ? ~uint64_t{0} : 0); }
 
 // Writes decisions and counts ties.
 class VoteWriter {
@@ -375,10 +510,10 @@ class VoteWriter {
     if (!can_tie_) {
       for (size_t t = 0; t < num; ++t) store_words(out_ + word + t * kWords, decide(t).majority);
     } else if (ties_ == kCoin) {
-      Words sum = coin_sum(word);
+      Words sum = coin_sum(coins_ + word / 2);
       const Words step = broadcast<uint64_t>(Words::kCount);
       write_ties(word, num, decide, [&] {
-        const Words coins = mix_after_sum(sum);
+        const Words coins = coin_lanes(sum);
         sum = sum + step;
         return coins;
       });
@@ -393,9 +528,7 @@ class VoteWriter {
     const Words tie = decision.tie & valid;
     Words bits = decision.majority & valid;
     if (can_tie_) {
-      const Words undecided =
-          ties_ == kCoin ? mix_after_sum(coin_sum(word)) : broadcast<uint64_t>(undecided_bits(ties_, 0));
-      bits = bits | (tie & undecided);
+      bits = select(tie, undecided_lanes(ties_, coins_ + word / 2), bits);
       ones_ += popcount(tie);
     }
     store_words(out_ + word, bits, count);
@@ -404,17 +537,13 @@ class VoteWriter {
   uint64_t num_tied() const { return 4 * fours_ + 2 * popcount(planes_[1]) + popcount(planes_[0]) + ones_; }
 
  private:
-  Words coin_sum(size_t word) const {
-    return broadcast<uint64_t>(coins_ + word / 2 + 0x9E3779B97F4A7C15u) + lane_index();
-  }
-
   // undecided() is what the ties of the next register become. Ties are added up like rows, and stay in registers.
   template <class Decide, class NextUndecided>
   void write_ties(size_t word, size_t num, const Decide& decide, const NextUndecided& next_undecided) {
     uint32_t* const out = out_ + word;
     const auto write_one = [&](size_t t) {
       const Decision decision = decide(t);
-      store_words(out + t * kWords, decision.majority | (decision.tie & next_undecided()));
+      store_words(out + t * kWords, select(decision.tie, next_undecided(), decision.majority));
       return decision.tie;
     };
     Words planes[2] = {planes_[0], planes_[1]};
@@ -456,26 +585,41 @@ inline int at_same_place(const uint32_t* const* rows, int num_rows) {
   return same;
 }
 
+// The decision on kRows rows, of which load_row(i) is one. With kBegin = 8 the first eight are counted already: bits 0
+// to 3 of their count are in `counted`.
+template <int kRows, int kBegin = 0, class LoadRow>
+inline Decision decide_rows(const LoadRow& load_row, const Words* counted = nullptr) {
+  constexpr int kOdd = odd_rows(kRows), kLevels = count_bits_below_majority(kOdd);
+  constexpr size_t kFirst = kBegin > 0 ? 0 : first_count(kOdd);
+  constexpr int kCounted = kBegin > 0 ? 1 : 0, kHigher = kBegin > 0 ? 3 : 0;
+  Words bits[kOdd - kBegin + kCounted], low[kLevels + 1] = {};
+#pragma GCC unroll 16
+  for (int i = kBegin; i < kOdd; ++i) bits[i - kBegin] = load_row(i);
+  if constexpr (kBegin > 0) bits[kOdd - kBegin] = counted[0];
+  const Words majority = count_bits<kLevels, kFirst, kHigher>(bits, low, counted + kCounted);
+  if constexpr (kOdd < kRows) {
+    return with_last_row(low, kLevels, majority, load_row(kOdd));
+  } else {
+    return {majority, broadcast<uint64_t>(0)};
+  }
+}
+
 // `num` registers of more than eight rows: of each tile eight rows first, and then the others.
 template <int kRows>
 inline void vote_in_halves(const uint32_t* const (&row)[kRows], size_t num, VoteWriter& writer) {
   if constexpr (kRows > kCrowd) {
-    constexpr size_t kFirst = first_count(kRows);
-    Words counts[kTile][4];
+    constexpr size_t kFirst = first_count(odd_rows(kRows));
+    Words counted[kTile][4];
     for (size_t begin = 0; begin < num; begin += kTile) {
       const size_t size = num - begin < kTile ? num - begin : kTile;
+      const auto load_rows = [&](size_t t) {
+        return [&row, word = (begin + t) * kWords](size_t i) { return load_words(row[i] + word); };
+      };
       for (size_t t = 0; t < size; ++t) {
-        for (int j = 0; j < 3; ++j) counts[t][j] = broadcast<uint64_t>((kFirst >> j & 1) != 0 ? ~uint64_t{0} : 0);
-        const auto load_row = [&](size_t i) { return load_words(row[i] + (begin + t) * kWords); };
-        counts[t][3] = add_rows<3>(counts[t], load_row, 0);
+        for (int j = 0; j < 3; ++j) counted[t][j] = bit_of(kFirst, j);
+        counted[t][3] = add_rows<3>(counted[t], load_rows(t), 0);
       }
-      writer.write(begin * kWords, size, [&](size_t t) {
-        Words bits[kRows - 7];
-#pragma GCC unroll 16
-        for (int i = 8; i < kRows; ++i) bits[i - 8] = load_words(row[i] + (begin + t) * kWords);
-        bits[kRows - 8] = counts[t][0];
-        return decide<count_bits_below_majority(kRows), 0, 3>(bits, counts[t] + 1);
-      });
+      writer.write(begin * kWords, size, [&](size_t t) { return decide_rows<kRows, 8>(load_rows(t), counted[t]); });
     }
   }
 }
@@ -484,8 +628,6 @@ inline void vote_in_halves(const uint32_t* const (&row)[kRows], size_t num, Vote
 template <int kRows>
 SIGNVOTE_FLATTEN uint64_t vote_few(const uint32_t* const* rows, size_t numel, Undecided ties, uint64_t coins,
                                    uint32_t* out) {
-  constexpr int kLevels = count_bits_below_majority(kRows);
-  constexpr size_t kFirst = first_count(kRows);
   VoteWriter writer(kRows, ties, coins, out);
   const uint32_t* row[kRows];
   for (int i = 0; i < kRows; ++i) row[i] = rows[i];
@@ -494,130 +636,160 @@ SIGNVOTE_FLATTEN uint64_t vote_few(const uint32_t* const* rows, size_t numel, Un
     vote_in_halves(row, num, writer);
   } else {
     writer.write(0, num, [&](size_t t) {
-      Words bits[kRows];
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) bits[i] = load_words(row[i] + t * kWords);
-      return decide<kLevels, kFirst>(bits);
+      return decide_rows<kRows>([&row, word = t * kWords](size_t i) { return load_words(row[i] + word); });
     });
   }
   const size_t word = num * kWords;
   numel -= 32 * word;
   if (numel > 0) {
     const size_t count = (numel + 31) / 32;
-    Words bits[kRows];
-    for (int i = 0; i < kRows; ++i) bits[i] = load_words(row[i] + word, count);
-    writer.write_part(word, count, valid_bits(numel), decide<kLevels, kFirst>(bits));
+    const auto load_row = [&](size_t i) { return load_words(row[i] + word, count); };
+    writer.write_part(word, count, valid_bits(numel), decide_rows<kRows>(load_row));
   }
   return writer.num_tied();
 }
 
 // The counters of a tile. Rows come in groups of eight, and what a group carries to bit 3 waits until a second carry
 // comes, so that both go through one adder; so do the carries of that adder at bit 4, and so on. A bit of the number of
-// groups says whether a carry is waiting.
+// groups says whether a carry is waiting. A plane is written when it is first added to; until then its bits are those
+// of the count at the start.
+constexpr int kGroupBits = 3;
+constexpr size_t kGroupRows = 1 << kGroupBits;
+
 struct Counters {
   Words planes[kMaxPlanes][kTile], waiting[kMaxPlanes][kTile];
 };
 
-// Where the rows of a group begin; beyond the last row there are zeros.
-template <class Load>
-inline void begin_rows(const uint32_t* (&begin)[8], const uint32_t* const* rows, size_t num_rows, const Load& load) {
-  static const uint32_t kNoRow[kTile * kWords] = {};
-  for (size_t i = 0; i < 8; ++i) begin[i] = i < num_rows ? load.begin(rows[i]) : kNoRow;
+// How many planes are written after so many groups.
+inline int num_written(size_t num_groups) {
+  int planes = num_groups > 0 ? kGroupBits : 0;
+  while (num_groups > 1) {
+    num_groups /= 2;
+    ++planes;
+  }
+  return planes;
 }
 
-// Adds a group, to planes 0 to 2 and through num_adders adders to those above. `next` are the rows of the group after
-// it: a row is left after a tile of it, so that the CPU does not see in time where it reads on.
-template <class Load>
-inline void add_group(Counters& counters, size_t num, const uint32_t* const (&row)[8], const uint32_t* const (&next)[8],
-                      int num_adders, const Load& load) {
-  for (size_t t = 0; t < num; ++t) {
-    if (t * kWords % kLine == 0) {
-      for (size_t i = 0; i < 8; ++i) prefetch(next[i] + t * kWords);
+// A tile of rows, in full registers from a word on, or in one register of the `count` words that are left.
+struct FullTile {
+  size_t word, num;
+  const uint32_t* begin(const uint32_t* row) const { return row + word; }
+  const uint32_t* after(const uint32_t* row) const { return row + word + num * kWords; }
+  Words load(const uint32_t* from, size_t t) const { return load_words(from + t * kWords); }
+};
+struct LastWords {
+  size_t word, count;
+  static constexpr size_t num = 1;
+  const uint32_t* begin(const uint32_t* row) const { return row + word; }
+  const uint32_t* after(const uint32_t* row) const { return row; }
+  Words load(const uint32_t* from, size_t) const { return load_words(from, count); }
+};
+
+// Eight of the rows that are counted, at a tile; beyond the last of them there are zeros. And the rows that come next:
+// a row is left after a tile, so that the CPU does not see in time where it reads on, and has to be told.
+template <class Tile>
+class RowGroup {
+ public:
+  RowGroup(const Tile& tile, const uint32_t* const* rows, size_t num_rows, size_t number) : tile_(tile) {
+    static const uint32_t kNoRow[kTile * kWords] = {};
+    for (size_t i = 0; i < kGroupRows; ++i) {
+      const size_t row = kGroupRows * number + i, next = row + kGroupRows;
+      row_[i] = row < odd_rows(num_rows) ? tile.begin(rows[row]) : kNoRow;
+      next_[i] = next < num_rows ? tile.begin(rows[next]) : tile.after(rows[i]);
     }
-    Words low[3] = {counters.planes[0][t], counters.planes[1][t], counters.planes[2][t]};
-    Words carry = add_rows<3>(low, [&](size_t i) { return load(row[i], t); }, 0);
-    for (int j = 0; j < 3; ++j) counters.planes[j][t] = low[j];
-    for (int j = 3; j < 3 + num_adders; ++j) {
+  }
+
+  // Adds the rows at register t to bits 0 to 2 of their count, and returns what is carried to bit 3.
+  Words add_to(Words* low, size_t t) const {
+    if (t * kWords % kLine == 0) {
+      for (size_t i = 0; i < kGroupRows; ++i) prefetch(next_[i] + t * kWords);
+    }
+    return add_rows<kGroupBits>(low, [&](size_t i) { return tile_.load(row_[i], t); }, 0);
+  }
+
+  // Of a row that is not counted.
+  Words load(const uint32_t* row, size_t t) const { return tile_.load(tile_.begin(row), t); }
+
+ private:
+  const Tile& tile_;
+  const uint32_t *row_[kGroupRows], *next_[kGroupRows];
+};
+
+// Adds group `number`, through as many adders above bit 2 as there are carries waiting in a row.
+template <class Tile>
+inline void add_group(Counters& counters, size_t first, const Tile& tile, const RowGroup<Tile>& group, size_t number) {
+  const int written = num_written(number);
+  int top = kGroupBits;
+  for (; (number >> (top - kGroupBits) & 1) != 0; ++top) {
+    if (top < written) continue;
+    for (size_t t = 0; t < tile.num; ++t) counters.planes[top][t] = bit_of(first, top);
+  }
+  for (size_t t = 0; t < tile.num; ++t) {
+    Words low[kGroupBits];
+    for (int j = 0; j < kGroupBits; ++j) low[j] = number > 0 ? counters.planes[j][t] : bit_of(first, j);
+    Words carry = group.add_to(low, t);
+    for (int j = 0; j < kGroupBits; ++j) counters.planes[j][t] = low[j];
+    for (int j = kGroupBits; j < top; ++j) {
       const Words plane = counters.planes[j][t], other = counters.waiting[j][t];
       counters.planes[j][t] = xor3(plane, other, carry);
       carry = majority3(plane, other, carry);
     }
-    counters.waiting[3 + num_adders][t] = carry;
+    counters.waiting[top][t] = carry;
   }
 }
 
-template <class Load>
-inline void count_tile(Counters& counters, int num_planes, size_t num, const uint32_t* const* rows, size_t num_rows,
-                       const Load& load) {
-  const size_t first = first_count(num_rows);
-  for (int j = 0; j < num_planes; ++j) {
-    const Words bits = broadcast<uint64_t>((first >> j & 1) != 0 ? ~uint64_t{0} : 0);
-    for (size_t t = 0; t < num; ++t) counters.planes[j][t] = bits;
-  }
-  const size_t num_groups = (num_rows + 7) / 8;
-  const uint32_t *row[8], *next[8];
-  begin_rows(next, rows, num_rows, load);
-  for (size_t group = 0; group < num_groups; ++group) {
-    for (size_t i = 0; i < 8; ++i) row[i] = next[i];
-    if (group + 1 < num_groups) {
-      begin_rows(next, rows + 8 * (group + 1), num_rows - 8 * (group + 1), load);
+// The decision at register t, with the last group.
+template <class Tile>
+inline Decision decide_with(const Counters& counters, const RowGroup<Tile>& last, const uint32_t* const* rows,
+                            size_t num_rows, size_t t) {
+  const size_t num_odd = odd_rows(num_rows), first = first_count(num_odd), number = (num_odd - 1) / kGroupRows;
+  const int num_low = count_bits_below_majority(num_odd), written = num_written(number);
+  Words low[kMaxPlanes];
+  for (int j = 0; j < kGroupBits; ++j) low[j] = counters.planes[j][t];
+  Words carry = last.add_to(low, t);
+  for (int j = kGroupBits; j <= num_low; ++j) {
+    const Words plane = j < written ? counters.planes[j][t] : bit_of(first, j);
+    if ((number >> (j - kGroupBits) & 1) != 0) {
+      const Words other = counters.waiting[j][t];
+      low[j] = xor3(plane, other, carry);
+      carry = majority3(plane, other, carry);
     } else {
-      begin_rows(next, rows, num_rows, load.after(num));
-    }
-    int num_adders = 0;
-    while ((group >> num_adders & 1) != 0) ++num_adders;
-    add_group(counters, num, row, next, num_adders, load);
-  }
-  for (int waiting = 3; (num_groups >> (waiting - 3)) != 0; ++waiting) {
-    if ((num_groups >> (waiting - 3) & 1) == 0) continue;
-    for (size_t t = 0; t < num; ++t) {
-      Words carry = counters.waiting[waiting][t];
-      for (int j = waiting; j < num_planes; ++j) {
-        const Words plane = counters.planes[j][t];
-        counters.planes[j][t] = plane ^ carry;
-        carry = plane & carry;
-      }
+      low[j] = plane ^ carry;
+      carry = plane & carry;
     }
   }
+  const Words majority = low[num_low];
+  if (num_rows % 2 == 0) return with_last_row(low, num_low, majority, last.load(rows[num_odd], t));
+  return {majority, broadcast<uint64_t>(0)};
 }
 
-// Registers of rows from a word on, in full, or the `count` words that are left.
-struct LoadFull {
-  size_t word;
-  LoadFull after(size_t num) const { return {word + num * kWords}; }
-  const uint32_t* begin(const uint32_t* row) const { return row + word; }
-  Words operator()(const uint32_t* row, size_t t) const { return load_words(row + t * kWords); }
-};
-struct LoadPart {
-  size_t word, count;
-  LoadPart after(size_t) const { return *this; }
-  const uint32_t* begin(const uint32_t* row) const { return row + word; }
-  Words operator()(const uint32_t* row, size_t) const { return load_words(row, count); }
-};
-
-inline Decision read_counters(const Counters& counters, int num_planes, size_t t) {
-  Words tie = counters.planes[0][t];
-  for (int j = 1; j < num_planes - 1; ++j) tie = tie & counters.planes[j][t];
-  return {counters.planes[num_planes - 1][t], tie};
+// Adds all groups but the last, and returns that.
+template <class Tile>
+inline RowGroup<Tile> add_groups(Counters& counters, const Tile& tile, const uint32_t* const* rows, size_t num_rows) {
+  const size_t first = first_count(odd_rows(num_rows)), last = (odd_rows(num_rows) - 1) / kGroupRows;
+  for (size_t number = 0; number < last; ++number) {
+    add_group(counters, first, tile, RowGroup<Tile>(tile, rows, num_rows, number), number);
+  }
+  return RowGroup<Tile>(tile, rows, num_rows, last);
 }
 
 SIGNVOTE_FLATTEN uint64_t vote_many(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties,
                                     uint64_t coins, uint32_t* out) {
-  const int num_planes = count_bits_below_majority(num_rows) + 1;
   VoteWriter writer(num_rows, ties, coins, out);
   Counters counters;
   size_t word = 0;
   while (numel >= 32 * kWords) {
-    const size_t left = numel / (32 * kWords), num = left < kTile ? left : kTile;
-    count_tile(counters, num_planes, num, rows, num_rows, LoadFull{word});
-    writer.write(word, num, [&](size_t t) { return read_counters(counters, num_planes, t); });
-    numel -= 32 * kWords * num;
-    word += kWords * num;
+    const size_t left = numel / (32 * kWords);
+    const FullTile tile{word, left < kTile ? left : kTile};
+    const RowGroup<FullTile> last = add_groups(counters, tile, rows, num_rows);
+    writer.write(word, tile.num, [&](size_t t) { return decide_with(counters, last, rows, num_rows, t); });
+    numel -= 32 * kWords * tile.num;
+    word += kWords * tile.num;
   }
   if (numel > 0) {
-    const size_t count = (numel + 31) / 32;
-    count_tile(counters, num_planes, 1, rows, num_rows, LoadPart{word, count});
-    writer.write_part(word, count, valid_bits(numel), read_counters(counters, num_planes, 0));
+    const LastWords tile{word, (numel + 31) / 32};
+    const RowGroup<LastWords> last = add_groups(counters, tile, rows, num_rows);
+    writer.write_part(word, tile.count, valid_bits(numel), decide_with(counters, last, rows, num_rows, 0));
   }
   return writer.num_tied();
 }

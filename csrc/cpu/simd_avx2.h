@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "../kernels.h"
 
@@ -36,7 +37,9 @@ inline Lanes<U> broadcast(U value) {
 
 template <class U>
 inline Lanes<U> load(const U* from) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))};
+  __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  asm("" : "+x"(value));
+  return {value};
 }
 template <class U>
 inline void store(U* to, Lanes<U> a) {
@@ -87,6 +90,33 @@ inline Mask<U> greater(Lanes<U> a, Lanes<U> b) {
   }
 }
 
+// There is no instruction for 64-bit lanes.
+template <class U>
+inline Lanes<U> min(Lanes<U> a, Lanes<U> b) {
+  if constexpr (sizeof(U) == 2) {
+    return {_mm256_min_epi16(a.value, b.value)};
+  } else if constexpr (sizeof(U) == 4) {
+    return {_mm256_min_epi32(a.value, b.value)};
+  } else {
+    return {_mm256_blendv_epi8(a.value, b.value, greater(a, b).value)};
+  }
+}
+template <class U>
+inline Lanes<U> max(Lanes<U> a, Lanes<U> b) {
+  if constexpr (sizeof(U) == 2) {
+    return {_mm256_max_epi16(a.value, b.value)};
+  } else if constexpr (sizeof(U) == 4) {
+    return {_mm256_max_epi32(a.value, b.value)};
+  } else {
+    return {_mm256_blendv_epi8(b.value, a.value, greater(a, b).value)};
+  }
+}
+
+template <class U>
+inline bool any(Mask<U> mask) {
+  return _mm256_movemask_epi8(mask.value) != 0;
+}
+
 template <class U>
 inline Lanes<U> where(Mask<U> mask, Lanes<U> a) {
   return {_mm256_and_si256(mask.value, a.value)};
@@ -112,12 +142,18 @@ inline __m256i bytes_of_32(const Test& test, size_t i, uint64_t) {
   return _mm256_shuffle_epi8(quarters, _mm256_broadcastsi128_si256(order));
 }
 
-template <class U, class Predicate>
-inline uint64_t mask_of_64(const U* x, Predicate predicate) {
-  const auto test = [&](size_t i) { return predicate(load(x + i * Lanes<U>::kCount)).value; };
+template <class U, class MaskAt>
+inline uint64_t mask_of_64(const MaskAt& mask_at) {
+  const auto test = [&](size_t i) { return mask_at(i * Lanes<U>::kCount).value; };
   const auto low = static_cast<uint32_t>(_mm256_movemask_epi8(bytes_of_32(test, 0, U{})));
   const auto high = static_cast<uint32_t>(_mm256_movemask_epi8(bytes_of_32(test, 32 / Lanes<U>::kCount, U{})));
   return low | static_cast<uint64_t>(high) << 32;
+}
+
+template <class U, class MaskAt>
+inline void store_mask_of_64(uint32_t* words, const MaskAt& mask_at) {
+  const uint64_t bits = mask_of_64<U>(mask_at);
+  memcpy(words, &bits, sizeof bits);
 }
 
 template <class U>
@@ -207,6 +243,7 @@ inline Words lane_index() { return {_mm256_setr_epi64x(0, 1, 2, 3)}; }
 
 inline Words xor3(Words a, Words b, Words c) { return a ^ b ^ c; }
 inline Words majority3(Words a, Words b, Words c) { return (a & b) | ((a ^ b) & c); }
+inline Words select(Words bits, Words set, Words clear) { return clear ^ (bits & (set ^ clear)); }
 
 inline uint64_t popcount(Words a) {
   uint64_t lanes[4], sum = 0;

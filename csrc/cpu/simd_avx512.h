@@ -50,7 +50,10 @@ inline Lanes<U> broadcast(U value) {
 
 template <class U>
 inline Lanes<U> load(const U* from) {
-  return {_mm512_loadu_si512(from)};
+  __m512i value = _mm512_loadu_si512(from);
+  // GCC would load what is used twice twice, and loads are what a kernel is short of.
+  asm("" : "+v"(value));
+  return {value};
 }
 template <class U>
 inline void store(U* to, Lanes<U> a) {
@@ -99,6 +102,32 @@ inline Mask<U> greater(Lanes<U> a, Lanes<U> b) {
 }
 
 template <class U>
+inline Lanes<U> min(Lanes<U> a, Lanes<U> b) {
+  if constexpr (sizeof(U) == 2) {
+    return {_mm512_min_epi16(a.value, b.value)};
+  } else if constexpr (sizeof(U) == 4) {
+    return {_mm512_min_epi32(a.value, b.value)};
+  } else {
+    return {_mm512_min_epi64(a.value, b.value)};
+  }
+}
+template <class U>
+inline Lanes<U> max(Lanes<U> a, Lanes<U> b) {
+  if constexpr (sizeof(U) == 2) {
+    return {_mm512_max_epi16(a.value, b.value)};
+  } else if constexpr (sizeof(U) == 4) {
+    return {_mm512_max_epi32(a.value, b.value)};
+  } else {
+    return {_mm512_max_epi64(a.value, b.value)};
+  }
+}
+
+template <class U>
+inline bool any(Mask<U> mask) {
+  return mask.value != 0;
+}
+
+template <class U>
 inline Lanes<U> where(Mask<U> mask, Lanes<U> a) {
   if constexpr (sizeof(U) == 4) {
     return {_mm512_maskz_mov_epi32(mask.value, a.value)};
@@ -107,14 +136,31 @@ inline Lanes<U> where(Mask<U> mask, Lanes<U> a) {
   }
 }
 
-template <class U, class Predicate>
-inline uint64_t mask_of_64(const U* x, Predicate predicate) {
+template <class U, class MaskAt>
+inline uint64_t mask_of_64(const MaskAt& mask_at) {
   uint64_t bits = 0;
 #pragma GCC unroll 8
   for (size_t i = 0; i < 64; i += Lanes<U>::kCount) {
-    bits |= static_cast<uint64_t>(predicate(load(x + i)).value) << i;
+    bits |= static_cast<uint64_t>(mask_at(i).value) << i;
   }
   return bits;
+}
+
+template <class U, class MaskAt>
+inline void store_mask_of_64(uint32_t* words, const MaskAt& mask_at) {
+  // From the mask registers right to memory: on the way through other registers it takes half as long again.
+#pragma GCC unroll 8
+  for (size_t i = 0; i < 64; i += Lanes<U>::kCount) {
+    const auto mask = mask_at(i).value;
+    void* const to = reinterpret_cast<char*>(words) + i / 8;
+    if constexpr (sizeof(U) == 2) {
+      _store_mask32(static_cast<__mmask32*>(to), mask);
+    } else if constexpr (sizeof(U) == 4) {
+      _store_mask16(static_cast<__mmask16*>(to), mask);
+    } else {
+      _store_mask8(static_cast<__mmask8*>(to), mask);
+    }
+  }
 }
 
 template <class U>
@@ -191,6 +237,9 @@ inline Words lane_index() { return {_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)}; 
 inline Words xor3(Words a, Words b, Words c) { return {_mm512_ternarylogic_epi64(a.value, b.value, c.value, 0x96)}; }
 inline Words majority3(Words a, Words b, Words c) {
   return {_mm512_ternarylogic_epi64(a.value, b.value, c.value, 0xE8)};
+}
+inline Words select(Words bits, Words set, Words clear) {
+  return {_mm512_ternarylogic_epi64(bits.value, set.value, clear.value, 0xCA)};
 }
 
 inline uint64_t popcount(Words a) {

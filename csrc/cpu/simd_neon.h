@@ -87,6 +87,30 @@ inline Mask<uint64_t> greater(Lanes<uint64_t> a, Lanes<uint64_t> b) {
   return {vcgtq_s64(vreinterpretq_s64_u64(a.value), vreinterpretq_s64_u64(b.value))};
 }
 
+// There is no instruction for 64-bit lanes.
+inline Lanes<uint16_t> min(Lanes<uint16_t> a, Lanes<uint16_t> b) {
+  return {vreinterpretq_u16_s16(vminq_s16(vreinterpretq_s16_u16(a.value), vreinterpretq_s16_u16(b.value)))};
+}
+inline Lanes<uint32_t> min(Lanes<uint32_t> a, Lanes<uint32_t> b) {
+  return {vreinterpretq_u32_s32(vminq_s32(vreinterpretq_s32_u32(a.value), vreinterpretq_s32_u32(b.value)))};
+}
+inline Lanes<uint64_t> min(Lanes<uint64_t> a, Lanes<uint64_t> b) {
+  return {vbslq_u64(greater(a, b).value, b.value, a.value)};
+}
+inline Lanes<uint16_t> max(Lanes<uint16_t> a, Lanes<uint16_t> b) {
+  return {vreinterpretq_u16_s16(vmaxq_s16(vreinterpretq_s16_u16(a.value), vreinterpretq_s16_u16(b.value)))};
+}
+inline Lanes<uint32_t> max(Lanes<uint32_t> a, Lanes<uint32_t> b) {
+  return {vreinterpretq_u32_s32(vmaxq_s32(vreinterpretq_s32_u32(a.value), vreinterpretq_s32_u32(b.value)))};
+}
+inline Lanes<uint64_t> max(Lanes<uint64_t> a, Lanes<uint64_t> b) {
+  return {vbslq_u64(greater(a, b).value, a.value, b.value)};
+}
+
+inline bool any(Mask<uint16_t> mask) { return vmaxvq_u16(mask.value) != 0; }
+inline bool any(Mask<uint32_t> mask) { return vmaxvq_u32(mask.value) != 0; }
+inline bool any(Mask<uint64_t> mask) { return vmaxvq_u32(vreinterpretq_u32_u64(mask.value)) != 0; }
+
 template <class U>
 inline Lanes<U> where(Mask<U> mask, Lanes<U> a) {
   return {mask.value & a.value};
@@ -113,16 +137,22 @@ inline uint8x16_t bytes_of_16(const Test& test, size_t i, uint64_t) {
   return vuzp1q_u8(vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high));
 }
 
-template <class U, class Predicate>
-inline uint64_t mask_of_64(const U* x, Predicate predicate) {
+template <class U, class MaskAt>
+inline uint64_t mask_of_64(const MaskAt& mask_at) {
   // Byte j of eight keeps bit j; three rounds of adding neighbours join eight bytes to one.
   static const uint8_t kBit[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
   const uint8x16_t bit = vld1q_u8(kBit);
-  const auto test = [&](size_t i) { return predicate(load(x + i)).value; };
+  const auto test = [&](size_t i) { return mask_at(i).value; };
   const uint8x16_t a = vandq_u8(bytes_of_16(test, 0, U{}), bit), b = vandq_u8(bytes_of_16(test, 16, U{}), bit);
   const uint8x16_t c = vandq_u8(bytes_of_16(test, 32, U{}), bit), d = vandq_u8(bytes_of_16(test, 48, U{}), bit);
   const uint8x16_t pairs = vpaddq_u8(vpaddq_u8(a, b), vpaddq_u8(c, d));
   return vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(pairs, pairs)), 0);
+}
+
+template <class U, class MaskAt>
+inline void store_mask_of_64(uint32_t* words, const MaskAt& mask_at) {
+  const uint64_t bits = mask_of_64<U>(mask_at);
+  memcpy(words, &bits, sizeof bits);
 }
 
 inline void select_64(uint64_t bits, uint16_t set, uint16_t clear, uint16_t* out) {
@@ -200,6 +230,7 @@ inline Words lane_index() { return {vcombine_u64(vcreate_u64(0), vcreate_u64(1))
 
 inline Words xor3(Words a, Words b, Words c) { return a ^ b ^ c; }
 inline Words majority3(Words a, Words b, Words c) { return {vbslq_u64(a.value ^ b.value, c.value, a.value)}; }
+inline Words select(Words bits, Words set, Words clear) { return {vbslq_u64(bits.value, set.value, clear.value)}; }
 
 inline uint64_t popcount(Words a) { return vaddvq_u8(vcntq_u8(vreinterpretq_u8_u64(a.value))); }
 

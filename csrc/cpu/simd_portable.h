@@ -90,19 +90,36 @@ inline Mask<U> greater(Lanes<U> a, Lanes<U> b) {
   return {static_cast<Signed>(a.value) > static_cast<Signed>(b.value)};
 }
 
+// As signed integers.
+template <class U>
+inline Lanes<U> min(Lanes<U> a, Lanes<U> b) {
+  return greater(a, b).value ? b : a;
+}
+template <class U>
+inline Lanes<U> max(Lanes<U> a, Lanes<U> b) {
+  return greater(a, b).value ? a : b;
+}
+
+// Whether it is true for any lane.
+template <class U>
+inline bool any(Mask<U> mask) {
+  return mask.value;
+}
+
 // a where the mask is true, 0 elsewhere.
 template <class U>
 inline Lanes<U> where(Mask<U> mask, Lanes<U> a) {
   return {mask.value ? a.value : U{0}};
 }
 
-// Bit i is predicate(x[i]), for the 64 elements at x. The predicate maps a Lanes<U> to a Mask<U>.
-template <class U, class Predicate>
-inline uint64_t mask_of_64(const U* x, Predicate predicate) {
+// The masks of 64 lanes in a row, one bit each. mask_at(i) is the Mask<U> that begins with lane i, and is called once
+// for each, in order.
+template <class U, class MaskAt>
+inline uint64_t mask_of_64(const MaskAt& mask_at) {
   // In two steps, because compilers make SIMD code of the first: a byte of 0 or 1 each, then eight bytes to eight bits
   // by a product that brings byte j of its factor to bit 56 + j.
   uint8_t flags[64];
-  for (size_t i = 0; i < 64; ++i) flags[i] = predicate(load(x + i)).value;
+  for (size_t i = 0; i < 64; ++i) flags[i] = mask_at(i).value;
   uint64_t bits = 0;
   for (size_t i = 0; i < 64; i += 8) {
     uint64_t bytes = 0;
@@ -110,6 +127,14 @@ inline uint64_t mask_of_64(const U* x, Predicate predicate) {
     bits |= (bytes * 0x0102040810204080u >> 56) << i;
   }
   return bits;
+}
+
+// The same to two words, of which the first holds the low bits.
+template <class U, class MaskAt>
+inline void store_mask_of_64(uint32_t* words, const MaskAt& mask_at) {
+  const uint64_t bits = mask_of_64<U>(mask_at);
+  words[0] = static_cast<uint32_t>(bits);
+  words[1] = static_cast<uint32_t>(bits >> 32);
 }
 
 // out[i] = bit i of `bits` ? set : clear, for 64 elements.
@@ -204,6 +229,9 @@ inline Words lane_index() { return {0}; }
 // Bit by bit: the sum of three bits and its carry.
 inline Words xor3(Words a, Words b, Words c) { return a ^ b ^ c; }
 inline Words majority3(Words a, Words b, Words c) { return (a & b) | ((a ^ b) & c); }
+
+// Bit by bit: `set` where `bits` is 1, elsewhere `clear`.
+inline Words select(Words bits, Words set, Words clear) { return clear ^ (bits & (set ^ clear)); }
 
 // The number of bits that are 1, over all lanes.
 inline uint64_t popcount(Words a) { return popcount(a.value); }
