@@ -249,7 +249,6 @@ def some_result(**changes: Any) -> Result:
         ({"zeros": "third"}, 0.8),
         ({"op": "unpack_signs", "limit": "write"}, 0.95),
         ({"op": "pack_momentum", "limit": "update"}, 0.9),
-        ({"op": "majority_vote", "rows": 3, "limit": "xor_rows"}, 0.9),
     ],
 )
 def test_bar_of_an_op(changes: dict[str, Any], least: float) -> None:
@@ -259,6 +258,23 @@ def test_bar_of_an_op(changes: dict[str, Any], least: float) -> None:
         assert (bar.least, bar.met, bar.sure) == (least, met, False)
     assert bars.judge([some_result(**changes, megabytes=1)], "avx512") == []
     assert bars.judge([some_result(**changes, name="avx2")], "avx512") == []
+
+
+def test_bar_of_a_vote_shows_what_the_other_plain_loop_reaches() -> None:
+    vote = some_result(op="majority_vote", rows=3, limit="xor_rows", ratios={"limit": Spread(0.9, 0.88, 0.92)})
+    xor = replace(vote, kind="limit", name="xor_rows", ratios={})
+    read = replace(xor, name="read_rows_then_write", seconds=Spread(2e-3, 2e-3, 2e-3))
+    (bar,) = bars.judge([vote, xor, read], "avx512")
+    assert (bar.least, bar.met, bar.sure) == (0.9, True, False)
+    assert bar.note == "plain XOR of the rows; plain read of the rows, then write: 0.50"
+
+
+def test_bar_against_numpy_shows_what_the_limit_reaches() -> None:
+    op = some_result(ratios={"numpy": Spread(2, 1.9, 2.1)}, limit="read")
+    limit = some_result(kind="limit", name="read", ratios={})
+    numpy = some_result(kind="peer", name="numpy", ratios={}, seconds=Spread(3e-3, 3e-3, 3e-3))
+    bar = bars.judge([replace(op, ratios={"limit": Spread(1, 1, 1), **op.ratios}), limit, numpy], "avx512")[-1]
+    assert (bar.group, bar.least, bar.met, bar.note) == ("against numpy", 1.4, True, "plain read: 3.00")
 
 
 def test_bar_of_two_threads_shows_what_they_bring_the_limit() -> None:

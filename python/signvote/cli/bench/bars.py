@@ -44,9 +44,9 @@ def judge(results: Sequence[Result], best: str) -> list[Bar]:
     """Those that the results can answer, for the implementation ``best``."""
     ops = [result for result in results if result.kind == "op"]
     return [
-        *_against_limits([op for op in ops if (op.name, op.threads) == (best, 1)]),
+        *_against_limits([op for op in ops if (op.name, op.threads) == (best, 1)], results),
         *_against_one_thread([op for op in ops if (op.name, op.threads) == (best, 2)], results),
-        *_against_numpy([op for op in ops if (op.name, op.threads) == (best, 1)]),
+        *_against_numpy([op for op in ops if (op.name, op.threads) == (best, 1)], results),
         *_avx2([op for op in ops if (op.name, op.threads) == ("avx2", 1)]),
         *_codec([op for op in ops if (op.name, op.threads) == (best, 2)], results),
     ]
@@ -56,7 +56,8 @@ def _what(op: Result) -> str:
     return f"{op.op} M={op.rows}" if op.rows else f"{op.op} {op.dtype}"
 
 
-def _against_limits(ops: Sequence[Result]) -> Iterator[Bar]:
+def _against_limits(ops: Sequence[Result], results: Sequence[Result]) -> Iterator[Bar]:
+    limits = {result.key: result for result in results if result.kind == "limit"}
     half = ("float16", "bfloat16")
     for op in ops:
         if op.megabytes < 26 or op.limit is None:
@@ -73,7 +74,12 @@ def _against_limits(ops: Sequence[Result]) -> Iterator[Bar]:
             group, least = "majority_vote, ties by coin, against the faster plain loop over the same buffers", 0.9
         else:
             continue
-        note = LIMITS[op.limit] if op.op == "majority_vote" else ""
+        note = ""
+        if op.op == "majority_vote":
+            # What the other plain loop reaches shows how much of a miss is in the order of access.
+            (other,) = {"xor_rows", "read_rows_then_write"} - {op.limit}
+            faster, slower = (limits[replace(op, kind="limit", name=name).key] for name in (op.limit, other))
+            note = f"{LIMITS[op.limit]}; {LIMITS[other]}: {faster.seconds.median / slower.seconds.median:.2f}"
         yield Bar(group, _what(op), op.megabytes, op.ratios["limit"], least, note)
 
 
@@ -87,11 +93,15 @@ def _against_one_thread(ops: Sequence[Result], results: Sequence[Result]) -> Ite
             yield Bar("two threads against one", _what(op) + zeros, op.megabytes, op.ratios["one thread"], 1.7, note)
 
 
-def _against_numpy(ops: Sequence[Result]) -> Iterator[Bar]:
+def _against_numpy(ops: Sequence[Result], results: Sequence[Result]) -> Iterator[Bar]:
+    others = {result.key: result for result in results if result.kind != "op"}
     least = {("pack_signs", None): 1.4, ("unpack_signs", None): 5, ("majority_vote", 3): 25, ("majority_vote", 8): 30}
     for op in ops:
         if op.megabytes >= 26 and op.dtype == "float32" and "numpy" in op.ratios and (op.op, op.rows) in least:
-            yield Bar("against numpy", _what(op), op.megabytes, op.ratios["numpy"], least[op.op, op.rows])
+            numpy = others[replace(op, kind="peer", name="numpy").key]
+            limit = others[replace(op, kind="limit", name=op.limit or "").key]
+            note = f"{LIMITS[limit.name]}: {numpy.seconds.median / limit.seconds.median:.2f}"
+            yield Bar("against numpy", _what(op), op.megabytes, op.ratios["numpy"], least[op.op, op.rows], note)
 
 
 def _avx2(ops: Sequence[Result]) -> Iterator[Bar]:
