@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts |= {"seconds": round(time.perf_counter() - begin, 1), "load_after": load()}
     if measured:
         bars = report.judge(measured)
-        print(f"\n{report.table(measured)}\n\n{report.bars_table(bars)}\n")
+        print(f"\n{report.table(measured)}\n")
+        if bars:
+            print(f"{report.bars_table(bars)}\n")
         print(f"{len(measured)} results, all checked before they were timed, in {facts['seconds']:.0f} s.")
         write_files(out, options.json, facts, measured, cpu)
     return status
