@@ -1,4 +1,4 @@
-"""`bench/bench_ddp.py` on sizes that are measured at once: what it checks, prints and writes; not how fast it all is."""
+"""`bench/bench_ddp.py` on sizes that are measured at once: what it checks, prints and writes; not how fast it is."""
 
 from __future__ import annotations
 
