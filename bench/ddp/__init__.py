@@ -1,0 +1,1 @@
+"""Parts of bench_ddp.py: what is compared, on what work, one rank's part, the results and their report."""
