@@ -36,7 +36,7 @@ def table(results: Sequence[Result]) -> str:
             for name in (*with_peers, *(["one thread"] if threads else [])):
                 cells.append(_times(result.ratios.get(name)))
             rows.append(cells)
-    return _align(rows, left=(0, 3))
+    return align(rows, left=(0, 3))
 
 
 def _what(result: Result) -> str:
@@ -65,7 +65,7 @@ def bars_table(bars: Sequence[Bar]) -> str:
             met = ("yes" if bar.met else "NO") + ("" if bar.sure else " ?")
             cells = [f"  {bar.what}", f"{bar.megabytes:g}", _figure(bar.measured.median), quartiles, f"{bar.least:g}"]
             rows.append([*cells, met, bar.note])
-    lines = _align(rows, left=(0, 5, 6), skip="# ").splitlines()
+    lines = align(rows, left=(0, 5, 6), skip="# ").splitlines()
     return "\n".join(line.removeprefix("# ") for line in lines)
 
 
@@ -80,7 +80,7 @@ def _figure(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _align(rows: Iterable[list[str] | None], left: Sequence[int], skip: str | None = None) -> str:
+def align(rows: Iterable[list[str] | None], left: Sequence[int], skip: str | None = None) -> str:
     """Columns of equal width; None is a line across. A row that begins with ``skip`` may be as wide as it likes."""
     rows = list(rows)
     counted = [row for row in rows if row is not None and not (skip and row[0].startswith(skip))]
@@ -115,7 +115,7 @@ def compare(old: Sequence[Result], new: Sequence[Result]) -> str:
             verdict = "faster" if change.factor > 1 else "slower"
             cells = [change.now.label(), f"{change.before.median:.2f}", f"{change.after.median:.2f}"]
             rows.append([*cells, f"{change.factor - 1:+.0%} {verdict}", f"{change.noise:.0%}", f"{change.times:.1f}"])
-        lines.append(_align(rows, left=(0,)))
+        lines.append(align(rows, left=(0,)))
     moved = sum(change.times > 1 for change in others)
     lines.append(f"{moved} of {len(others)} limits and peers take another time: that is the machine, not the ops.")
     return "\n".join(lines)
