@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from signvote import __version__
-from signvote.cli import bench, demo, info
+from signvote.cli import bench, demo, info, plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"signvote {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, bench, info):
+    for command in (demo, bench, plan, info):
         command.add_parser(commands)
     options = parser.parse_args(argv)
     try:
