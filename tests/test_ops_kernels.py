@@ -39,6 +39,9 @@ SIGNUM = (0.9, 1 - 0.9, 0.9, 1 - 0.9)
 COEFFICIENTS = {
     "signum": SIGNUM,
     "lion": (0.9, 0.1, 0.99, 0.01),
+    # Of what is sent and what is kept, one coefficient is the same.
+    "gradient differs": (0.9, 0.3, 0.9, -0.2),
+    "momentum differs": (0.2, 0.1, -0.9, 0.1),
     "gradient": (0.0, 1.0, 0.0, 0.0),
     "sum": (1.0, 1.0, 1.0, 1.0),
     "difference": (-1.0, 1.0, 1.0, -1.0),

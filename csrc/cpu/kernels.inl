@@ -660,9 +660,9 @@ struct Counters {
   Words planes[kMaxPlanes][kTile], waiting[kMaxPlanes][kTile];
 };
 
-// How many planes are written after so many groups.
+// How many planes are written after so many groups, at least one.
 inline int num_written(size_t num_groups) {
-  int planes = num_groups > 0 ? kGroupBits : 0;
+  int planes = kGroupBits;
   while (num_groups > 1) {
     num_groups /= 2;
     ++planes;
