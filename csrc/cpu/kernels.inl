@@ -168,29 +168,45 @@ struct Magnitudes {
   bool any_nonfinite() const { return any(greater(greatest, broadcast<U>(Format<kDType>::kInfinity - 1))); }
 };
 
+// A bit for each zero of the block at x.
+template <DType kDType>
+inline uint64_t find_zeros(const BitsOf<kDType>* x) {
+  using U = BitsOf<kDType>;
+  const Lanes<U> magnitude = broadcast<U>(kMagnitude<U>), one = broadcast<U>(1);
+  return bits_where(x, [=](Lanes<U> u) { return greater(one, u & magnitude); });
+}
+
+// The zeros of a group. They are looked for at once where the group before had some: a second way through the group
+// would throw the CPU off reading ahead.
+struct Zeros {
+  bool are_expected = false;
+  uint64_t blocks[kGroupBlocks];
+};
+
 // Completes the words of the group at x, where so far a bit is 1 for x > 0 as integers.
 template <DType kDType>
-inline void finish_group(const BitsOf<kDType>* x, const Magnitudes<kDType>& magnitudes, Undecided zeros, uint64_t coins,
-                         uint32_t* words, PackCounts& counts) {
-  using U = BitsOf<kDType>;
+inline void finish_group(const BitsOf<kDType>* x, const Magnitudes<kDType>& magnitudes, Undecided rule, uint64_t coins,
+                         uint32_t* words, Zeros& zeros, PackCounts& counts) {
   if (magnitudes.any_nonfinite()) {
     for (size_t block = 0; block < kGroupBlocks; ++block) {
       const Signs signs = find_signs<kDType>(x + block * kBlock);
-      store_block(words + 2 * block, decide_block(signs, zeros, coins + block, counts), kBlock);
+      store_block(words + 2 * block, decide_block(signs, rule, coins + block, counts), kBlock);
     }
   } else if (magnitudes.any_zero()) {
-    const Lanes<U> magnitude = broadcast<U>(kMagnitude<U>), one = broadcast<U>(1);
-    uint64_t zero_blocks[kGroupBlocks];
     for (size_t block = 0; block < kGroupBlocks; ++block) {
-      zero_blocks[block] = bits_where(x + block * kBlock, [=](Lanes<U> u) { return greater(one, u & magnitude); });
-      counts.zeros += popcount(zero_blocks[block]);
+      if (!zeros.are_expected) zeros.blocks[block] = find_zeros<kDType>(x + block * kBlock);
+      counts.zeros += popcount(zeros.blocks[block]);
     }
-    store_words(words, load_words(words) | (load(zero_blocks) & undecided_lanes(zeros, coins)));
+    store_words(words, load_words(words) | (load(zeros.blocks) & undecided_lanes(rule, coins)));
+    zeros.are_expected = true;
+  } else {
+    zeros.are_expected = false;
   }
 }
 
 template <DType kDType>
-inline void pack_group(const BitsOf<kDType>* x, Undecided zeros, uint64_t coins, uint32_t* words, PackCounts& counts) {
+inline void pack_group(const BitsOf<kDType>* x, Undecided rule, uint64_t coins, uint32_t* words, Zeros& zeros,
+                       PackCounts& counts) {
   using U = BitsOf<kDType>;
   Magnitudes<kDType> magnitudes;
   for (size_t block = 0; block < kGroupBlocks; ++block) {
@@ -199,8 +215,9 @@ inline void pack_group(const BitsOf<kDType>* x, Undecided zeros, uint64_t coins,
       magnitudes.add(u);
       return greater(u, broadcast<U>(0));
     });
+    if (zeros.are_expected) zeros.blocks[block] = find_zeros<kDType>(x + block * kBlock);
   }
-  finish_group<kDType>(x, magnitudes, zeros, coins, words, counts);
+  finish_group<kDType>(x, magnitudes, rule, coins, words, zeros, counts);
 }
 
 template <DType kDType>
@@ -209,8 +226,9 @@ SIGNVOTE_FLATTEN PackCounts pack_signs(const void* data, size_t numel, Undecided
   using U = BitsOf<kDType>;
   const U* x = static_cast<const U*>(data);
   PackCounts counts{0, 0};
+  Zeros found;
   for (; numel >= kGroup; numel -= kGroup, x += kGroup, words += kWords, coins += kGroupBlocks) {
-    pack_group<kDType>(x, zeros, coins, words, counts);
+    pack_group<kDType>(x, zeros, coins, words, found, counts);
   }
   for (; numel >= kBlock; numel -= kBlock, x += kBlock, words += 2, ++coins) {
     store_block(words, decide_block(find_signs<kDType>(x), zeros, coins, counts), kBlock);
@@ -286,7 +304,8 @@ struct MomentumRule {
   }
 
   // A group. The rare case of a gradient that is not finite is left to signs(), block by block.
-  void pack_group(const U* gradient, V* m, Undecided zeros, uint64_t coins, uint32_t* words, PackCounts& counts) const {
+  void pack_group(const U* gradient, V* m, Undecided rule, uint64_t coins, uint32_t* words, Zeros& zeros,
+                  PackCounts& counts) const {
     if (is_finite(gradient)) {
       V sent[kSendsKept ? 1 : kGroup];
       V* const v = kSendsKept ? m : sent;
@@ -298,12 +317,13 @@ struct MomentumRule {
           magnitudes.add(lanes);
           return greater(lanes, broadcast<V>(0));
         });
+        if (zeros.are_expected) zeros.blocks[block] = find_zeros<kMomentum>(v + block * kBlock);
       }
-      finish_group<kMomentum>(v, magnitudes, zeros, coins, words, counts);
+      finish_group<kMomentum>(v, magnitudes, rule, coins, words, zeros, counts);
     } else {
       for (size_t block = 0; block < kGroupBlocks; ++block) {
         const Signs found = signs(gradient + block * kBlock, m + block * kBlock);
-        store_block(words + 2 * block, decide_block(found, zeros, coins + block, counts), kBlock);
+        store_block(words + 2 * block, decide_block(found, rule, coins + block, counts), kBlock);
       }
     }
   }
@@ -350,8 +370,9 @@ SIGNVOTE_FLATTEN PackCounts pack_with(const MomentumRule<kDType, kSendsKept>& ru
                                       typename MomentumRule<kDType, kSendsKept>::V* m, size_t numel, Undecided zeros,
                                       uint64_t coins, uint32_t* words) {
   PackCounts counts{0, 0};
+  Zeros found;
   for (; numel >= kGroup; numel -= kGroup, gradient += kGroup, m += kGroup, words += kWords, coins += kGroupBlocks) {
-    rule.pack_group(gradient, m, zeros, coins, words, counts);
+    rule.pack_group(gradient, m, zeros, coins, words, found, counts);
   }
   for (; numel >= kBlock; numel -= kBlock, gradient += kBlock, m += kBlock, words += 2, ++coins) {
     store_block(words, decide_block(rule.signs(gradient, m), zeros, coins, counts), kBlock);
