@@ -512,9 +512,9 @@ inline Words add_rows(Words* planes, const LoadRow& load_row, size_t first) {
   }
 }
 
-constexpr size_t kTile = 512 / kWords;  // registers to a tile
-constexpr size_t kLine = 16;            // 32-bit words to a line of the cache
-constexpr int kMaxPlanes = 17;          // as many as 65535 rows need, and one that stays empty
+constexpr size_t kTile = 2048 / kWords;  // registers to a tile
+constexpr size_t kLine = 16;             // 32-bit words to a line of the cache
+constexpr int kMaxPlanes = 17;           // as many as 65535 rows need, and one that stays empty
 
 // Bit j of a number, for all coordinates.
 inline Words bit_of(size_t number, int j) { return broadcast<uint64_t>((number >> j & 1) != 0 ? ~uint64_t{0} : 0); }
@@ -670,11 +670,11 @@ SIGNVOTE_FLATTEN uint64_t vote_few(const uint32_t* const* rows, size_t numel, Un
   return writer.num_tied();
 }
 
-// The counters of a tile. Rows come in groups of eight, and what a group carries to bit 3 waits until a second carry
-// comes, so that both go through one adder; so do the carries of that adder at bit 4, and so on. A bit of the number of
+// The counters of a tile. Rows come in groups of 16, and what a group carries to bit 4 waits until a second carry
+// comes, so that both go through one adder; so do the carries of that adder at bit 5, and so on. A bit of the number of
 // groups says whether a carry is waiting. A plane is written when it is first added to; until then its bits are those
 // of the count at the start.
-constexpr int kGroupBits = 3;
+constexpr int kGroupBits = 4;
 constexpr size_t kGroupRows = 1 << kGroupBits;
 
 struct Counters {
@@ -706,8 +706,8 @@ struct LastWords {
   Words load(const uint32_t* from, size_t) const { return load_words(from, count); }
 };
 
-// Eight of the rows that are counted, at a tile; beyond the last of them there are zeros. And the rows that come next:
-// a row is left after a tile, so that the CPU does not see in time where it reads on, and has to be told.
+// The rows of a group that are counted, at a tile; beyond the last of them there are zeros. And the rows that come
+// next: a row is left after a tile, so that the CPU does not see in time where it reads on, and has to be told.
 template <class Tile>
 class RowGroup {
  public:
@@ -720,7 +720,7 @@ class RowGroup {
     }
   }
 
-  // Adds the rows at register t to bits 0 to 2 of their count, and returns what is carried to bit 3.
+  // Adds the rows at register t to the lowest bits of their count, and returns what is carried on.
   Words add_to(Words* low, size_t t) const {
     if (t * kWords % kLine == 0) {
       for (size_t i = 0; i < kGroupRows; ++i) prefetch(next_[i] + t * kWords);
@@ -736,7 +736,7 @@ class RowGroup {
   const uint32_t *row_[kGroupRows], *next_[kGroupRows];
 };
 
-// Adds group `number`, through as many adders above bit 2 as there are carries waiting in a row.
+// Adds group `number`, through as many more adders as there are carries waiting in a row.
 template <class Tile>
 inline void add_group(Counters& counters, size_t first, const Tile& tile, const RowGroup<Tile>& group, size_t number) {
   const int written = num_written(number);
