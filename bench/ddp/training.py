@@ -221,7 +221,7 @@ def take_turns(turns: Turns, corpus: data.Corpus) -> Timing:
 
 
 def main(job_path: str, results_path: str) -> None:
-    """Do what the job lists, one line of JSON for each as soon as it is done, until ``stop_after`` seconds are over."""
+    """Do the job until ``stop_after`` seconds are over: a line of JSON for each part, as soon as it is done."""
     begin = time.perf_counter()
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     tasks: list[Run | Turns] = [
@@ -233,13 +233,13 @@ def main(job_path: str, results_path: str) -> None:
     try:
         corpus = data.load_corpus()
         with no_garbage_collection():
-            for task in tasks:
-                if largest(time.perf_counter() - begin)[0] > job["stop_after"]:
+            for done, task in enumerate(tasks):
+                if done and largest(time.perf_counter() - begin)[0] > job["stop_after"]:
                     break
                 found = train(task, corpus) if isinstance(task, Run) else take_turns(task, corpus)
                 if int(os.environ["RANK"]) == 0:
                     with open(results_path, "a", encoding="utf-8") as file:
-                        file.write(json.dumps({"kind": type(found).__name__, **asdict(found)}) + "\n")
+                        file.write(json.dumps(asdict(found)) + "\n")
     finally:
         dist.destroy_process_group()
 
