@@ -37,7 +37,7 @@ LABELS = {
     "powersgd": f"AdamW, PowerSGD {RANK}",
 }
 METHODS = [name for name in LABELS if name != "noop"]
-CHECKED = ("vote", "fp32")  # trained on the links in full
+COMPARED = ("vote", "fp32")  # what the bar speaks of; trained on the links in full
 # The same grid for all, around what `signvote demo` has; where the best is at its end, it grows.
 FACTORS = (0.25, 0.5, 1.0, 2.0)
 DEMO_LR = {"vote": 2e-3, "fp32": 4e-3, "fp16": 4e-3, "powersgd": 4e-3}
@@ -104,6 +104,7 @@ class Plan:
     rates: tuple[str, ...]
     sleep: float
     rounds: int
+    tuned: bool
 
     def turns(self, rate: str, sleep: float) -> Turns:
         return Turns(list(LABELS), self.workers, sleep, self.rounds, rate)
@@ -127,7 +128,7 @@ class Plan:
         best = {method: self.best(method, store) for method in METHODS}
         yield "none", [self.training(method, best[method], seed) for seed in self.seeds for method in METHODS], []
         for rate in self.rates:
-            yield rate, [self.training(method, best[method], self.seeds[0], rate) for method in CHECKED], []
+            yield rate, [self.training(method, best[method], self.seeds[0], rate) for method in COMPARED], []
 
     def tried(self, method: str, store: Store) -> dict[float, float]:
         """The loss with each learning rate."""
@@ -136,6 +137,8 @@ class Plan:
 
     def learning_rates(self, method: str, store: Store) -> list[float]:
         """The grid, and beyond its end while the best is there."""
+        if not self.tuned:
+            return []
         grid = [factor * DEMO_LR[method] for factor in FACTORS]
         tried = self.tried(method, store)
         grid += sorted(set(tried) - set(grid))
@@ -148,6 +151,8 @@ class Plan:
         return grid
 
     def best(self, method: str, store: Store) -> float:
+        if not self.tuned:
+            return DEMO_LR[method]
         tried = self.tried(method, store)
         return min(tried, key=lambda lr: tried[lr])
 
@@ -232,14 +237,14 @@ class Times:
 
 
 def losses_to_reach(plan: Plan, store: Store) -> list[float]:
-    """Round losses down to the lowest that all methods reach with all seeds."""
+    """Round losses down to the lowest that the vote and AdamW over fp32 reach with all seeds."""
     lowest = [
         min((loss for loss in curve.losses if loss is not None), default=math.inf)
-        for method in METHODS
+        for method in COMPARED
         for curve in curves(plan, store, method)
     ]
-    last = math.ceil(10 * max(loss for loss in lowest if loss < math.inf)) / 10
-    return [round(last + more, 1) for more in (0.4, 0.2, 0.1, 0.0)]
+    last = math.ceil(20 * max(lowest)) / 20
+    return [round(last + more, 2) for more in (0.4, 0.2, 0.1, 0.0)]
 
 
 def curves(plan: Plan, store: Store, method: str) -> list[Curve]:
@@ -279,7 +284,7 @@ def checks(plan: Plan, store: Store) -> list[Check]:
     found = []
     for rate in plan.rates:
         timing = store.timing(plan.turns(rate, 0.0))
-        for method in CHECKED:
+        for method in COMPARED:
             lr = plan.best(method, store)
             run = store.curve(plan.training(method, lr, plan.seeds[0], rate))
             curve = store.curve(plan.training(method, lr, plan.seeds[0]))
@@ -337,7 +342,7 @@ def report(plan: Plan, store: Store) -> str:
         for sleep in (0.0, plan.sleep):
             some = [one for one in found_times if (one.rate, one.sleep) == (rate, sleep)]
             losses = list(dict.fromkeys(one.loss for one in some))
-            rows = [["", *(f"to {loss:.1f}: s" for loss in losses), *(f"to {loss:.1f}: / vote" for loss in losses)]]
+            rows = [["", *(f"to {loss:.2f}: s" for loss in losses), *(f"to {loss:.2f}: / vote" for loss in losses)]]
             for method in METHODS:
                 own = [one for one in some if one.method == method]
                 seconds = [spread(one.seconds, 1) for one in own]
@@ -353,7 +358,7 @@ def report(plan: Plan, store: Store) -> str:
 
 
 def bars(found: Sequence[Times]) -> list[str]:
-    """The bar at 100 Mb/s, at the lowest loss that all reach."""
+    """The bar at 100 Mb/s, at the lowest of the losses."""
     lines = []
     for sleep in sorted({one.sleep for one in found}):
         some = {
@@ -366,7 +371,7 @@ def bars(found: Sequence[Times]) -> list[str]:
                 met = len(known) == len(ratios) and sum(known) / len(known) >= bar
                 lines.append(
                     f"{'met ' if met else 'MISS'}  100mbit, {computation(sleep)}: {LABELS[method]} takes "
-                    f"{spread(ratios, 2)} times as long as the vote to {some[method].loss:.1f}; bar {bar:g}"
+                    f"{spread(ratios, 2)} times as long as the vote to {some[method].loss:.2f}; bar {bar:g}"
                 )
     return ["\n".join(lines)] if lines else []
 
@@ -414,6 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tuple(options.rate),
         options.sleep,
         options.rounds,
+        not options.no_tuning,
     )
     path = options.out / "time_to_loss.json"
     try:
@@ -453,6 +459,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rate", nargs="+", default=["1gbit", "100mbit"], help="of the links, as netlab.py takes them [1gbit 100mbit]")
     add("--sleep", type=seconds, default=0.02, metavar="S", help="of a step that sleeps instead of computing [0.02]")
     add("--rounds", type=positive, default=8, metavar="N", help=f"samples of {BLOCK} steps, of each method [8]")
+    add("--no-tuning", action="store_true", help="take the demo's learning rates")
     add("--stop-after", type=float, default=math.inf, metavar="S", help="begin nothing after that many seconds")
     add("--out", type=Path, default=Path("signvote-bench"), metavar="DIR", help="for time_to_loss.{json,png}")
     return found

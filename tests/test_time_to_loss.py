@@ -40,7 +40,21 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 @pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
 def test_all_is_measured_reported_and_kept(tmp_path: Path) -> None:
-    tiny = ["--workers", "2", "--steps", "4", "--every", "2", "--seeds", "0", "--rounds", "1", "--sleep", "0.002"]
+    tiny = [
+        "--workers",
+        "2",
+        "--steps",
+        "4",
+        "--every",
+        "2",
+        "--seeds",
+        "0",
+        "--rounds",
+        "1",
+        "--sleep",
+        "0.002",
+        "--no-tuning",
+    ]
     arguments = [*tiny, "--rate", "100mbit", "--out", str(tmp_path)]
     status, out, err = run(*arguments, "--stop-after", "0.05")  # one piece only
     assert status == 0, err
@@ -103,7 +117,7 @@ def test_powersgd_begins_with_steps_of_fp32(program: Any) -> None:
 
 
 def test_the_grid_of_learning_rates_grows_where_its_end_is_best(program: Any) -> None:
-    plan = program.Plan(4, 200, 10, (0,), ("1gbit",), 0.02, 8)
+    plan = program.Plan(4, 200, 10, (0,), ("1gbit",), 0.02, 8, True)
     store = program.Store()
 
     def try_all(loss: Any) -> list[float]:
