@@ -45,6 +45,7 @@ MOST_SETTINGS = 7
 TUNING_SEED = 1000
 BAR = 5.0  # times sooner than fp32 at 100 Mb/s
 LAUNCH_SECONDS = 900.0
+TICKS = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]  # seconds, in the plot
 
 
 class RankError(Exception):
@@ -392,18 +393,21 @@ def write_plot(path: Path, plan: Plan, store: Store) -> None:
                 found = curves(plan, store, method)
                 columns = [
                     [math.nan if loss is None else loss for loss in column]
-                    for column in zip(*(curve.losses for curve in found), strict=True)
+                    for column in zip(*(curve.losses[1:] for curve in found), strict=True)
                 ]
-                seconds = [clock(timing, method, step) for step in found[0].at]
+                seconds = [clock(timing, method, step) for step in found[0].at[1:]]
                 mean = [sum(column) / len(column) for column in columns]
                 (line,) = axes.plot(seconds, mean, label=LABELS[method], linewidth=1.2)
                 low, high = [min(column) for column in columns], [max(column) for column in columns]
                 axes.fill_between(seconds, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
             axes.set_title(f"{rate}, {computation(sleep)}", fontsize="medium")
             axes.set(xlabel="seconds of training", xscale="log")
-            axes.grid(alpha=0.3, which="both")
+            low_end, high_end = axes.get_xlim()
+            ticks = [tick for tick in TICKS if low_end <= tick <= high_end]
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.set_xticks([], minor=True)
+            axes.grid(alpha=0.3)
         row[0].set_ylabel("held-out loss, nats per byte")
-    panels[0][0].set_ylim(top=min(4.0, panels[0][0].get_ylim()[1]))
     panels[0][0].legend()
     figure.savefig(path, dpi=110)
 
