@@ -111,8 +111,14 @@ class Lab:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         with self._cleanup, _signals_wait():
+            failures = []
             for namespace in namespaces(self.name):
-                remove(namespace)
+                try:
+                    remove(namespace)
+                except NetlabError as failure:  # the others go all the same
+                    failures.append(failure)
+            if failures:
+                raise failures[0]
 
     def _build(self) -> None:
         switch = switch_of(self.name)
@@ -290,9 +296,12 @@ def signal_all(namespace: str, number: signal.Signals) -> None:
 
 
 def _tool(*command: str) -> str:
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TOOL_SECONDS, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TOOL_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise NetlabError(f"`{' '.join(command)}`: not done after {TOOL_SECONDS} s") from None
     if done.returncode != 0:
         raise NetlabError(f"`{' '.join(command)}`: {done.stderr.strip() or f'exit status {done.returncode}'}")
     return done.stdout

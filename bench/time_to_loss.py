@@ -3,7 +3,7 @@
     python bench/time_to_loss.py --out signvote-bench
 
 It trains the model of `signvote demo`. Everything measured is kept in OUT/time_to_loss.json after each piece, and the
-same command goes on from there: with `--stop-after 80` each call takes about two minutes. Needs root and iproute2, as
+same command goes on from there: with `--stop-after 70` each call takes about two minutes. Needs root and iproute2, as
 netlab.py does.
 """
 

@@ -53,7 +53,7 @@ struct Kernels {
   bool (*has_nonfinite[kNumDTypes])(const void* x, size_t numel);
 
   // Per coordinate, the bit that more of the num_rows rows of ceil(numel / 32) words hold, `ties` where as many hold 1
-  // as 0. 1 <= num_rows <= 65535. Returns how many of the numel coordinates were tied.
+  // as 0. 1 <= num_rows <= 65535. Returns how many of the numel coordinates were tied. Takes up to 320 KB of the stack.
   uint64_t (*majority_vote)(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties, uint64_t coins,
                             uint32_t* out);
 

@@ -153,7 +153,7 @@ def test_links_have_their_rate_both_ways_and_count_their_bytes() -> None:
     for line in seen.values():
         rate, sent, received = json.loads(line)
         # 0.956 is what the headers leave; a burst at the start adds about a hundredth. A busy machine is slower.
-        assert 0.5e8 < rate < 1.0e8
+        assert 0.2e8 < rate < 1.2e8
         assert size * 1.04 < sent < size * 1.10
         assert size * 1.04 < received < size * 1.10
 
@@ -163,7 +163,7 @@ def test_unlimited_links_count_too() -> None:
     script = STREAM.replace("BENCH", repr(str(BENCH))).replace("BYTES", "20000000")
     for line in by_rank(run("--workers", "2", script=script).stdout).values():
         rate, sent, _ = json.loads(line)
-        assert rate > 2e8
+        assert rate > 1.2e8
         assert sent > 20_000_000
 
 

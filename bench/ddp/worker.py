@@ -36,6 +36,7 @@ from signvote.ddp import VoteStats
 TIMEOUT = timedelta(seconds=60)  # of a collective
 LONG_SECONDS = 4.0  # a run that takes longer is not repeated more than it must be
 WINDOW = 64  # coordinates of each gradient that are compared with a reference
+WINDOWS = 33  # more than twice as many as the most workers
 ALTERNATIVES = ("fp32", "fp16", "powersgd-1", "powersgd-4")
 PHASES = ("pack", "exchange", "vote", "unpack")
 
@@ -203,7 +204,16 @@ def traffic() -> netlab.Traffic:
 
 
 def window(gradients: Sequence[Tensor]) -> Tensor:
-    return torch.cat([gradient.flatten()[:WINDOW] for gradient in gradients])
+    """A few coordinates from WINDOWS places of each, the first and the last among them: every shard has some."""
+    pieces = []
+    for gradient in gradients:
+        flat = gradient.flatten()
+        if flat.numel() <= WINDOW * WINDOWS:
+            pieces.append(flat)
+        else:
+            begins = ((flat.numel() - WINDOW) * i // (WINDOWS - 1) for i in range(WINDOWS))
+            pieces += [flat[begin : begin + WINDOW] for begin in begins]
+    return torch.cat(pieces)
 
 
 def check(method: Method, own: Tensor, gradients: Sequence[Tensor]) -> None:

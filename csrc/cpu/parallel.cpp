@@ -17,7 +17,7 @@ namespace {
 // µs later (AMD EPYC, two virtual CPUs); a thread moves 1 MiB within its caches in about 17 µs, from memory in 40.
 constexpr size_t kBytesPerThread = size_t{1} << 20;
 constexpr size_t kBytesPerRange = size_t{1} << 17;
-constexpr size_t kRangeUnit = 16384;  // coordinates: the largest tile of a vote, and whole cache lines of words
+constexpr size_t kRangeUnit = 16384;  // coordinates: whole cache lines of words
 
 // Threads that sleep until they are wanted, and are never ended: they hold nothing that the end of the process would
 // miss. To start threads for each call would take 20 µs, and the call would wait for every one of them to get a CPU and

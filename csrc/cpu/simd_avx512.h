@@ -152,14 +152,8 @@ inline void store_mask_of_64(uint32_t* words, const MaskAt& mask_at) {
 #pragma GCC unroll 8
   for (size_t i = 0; i < 64; i += Lanes<U>::kCount) {
     const auto mask = mask_at(i).value;
-    void* const to = reinterpret_cast<char*>(words) + i / 8;
-    if constexpr (sizeof(U) == 2) {
-      _store_mask32(static_cast<__mmask32*>(to), mask);
-    } else if constexpr (sizeof(U) == 4) {
-      _store_mask16(static_cast<__mmask16*>(to), mask);
-    } else {
-      _store_mask8(static_cast<__mmask8*>(to), mask);
-    }
+    using Bits __attribute__((may_alias)) = typename MaskOf<U>::Type;
+    *reinterpret_cast<Bits*>(reinterpret_cast<char*>(words) + i / 8) = mask;
   }
 }
 

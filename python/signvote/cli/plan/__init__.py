@@ -13,10 +13,11 @@ import torch
 from signvote.cli.info import gloo_available
 from signvote.cli.plan import report, units
 from signvote.cli.plan.advise import Cluster, advise
-from signvote.cli.plan.model import BUCKET_BYTES, Compute, Link, ddp_buckets
+from signvote.cli.plan.model import BUCKET_BYTES, FIRST_BUCKET_BYTES, Compute, Link, ddp_buckets
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
 MOST_WORKERS = 65536
+MOST_BUCKETS = 50_000
 
 
 def add_parser(commands: Any) -> None:
@@ -42,9 +43,14 @@ def add_parser(commands: Any) -> None:
     add("--step-seconds", type=units.seconds, metavar="TIME", help="a step's time on one worker, without any exchange")
     add("--dtype", choices=DTYPES, default="fp32", help="of the gradients [fp32]")
     add("--momentum", type=momentum, default=0.9, metavar="BETA", help="of the vote [0.9]")
-    add("--bucket-mb", type=megabytes, default=BUCKET_BYTES >> 20, metavar="MB", help="DDP's bucket_cap_mb [25]")
+    add(
+        "--bucket-mb",
+        type=megabytes,
+        metavar="MB",
+        help=f"DDP's bucket_cap_mb [{BUCKET_BYTES >> 20}, and {FIRST_BUCKET_BYTES >> 20} for the first bucket]",
+    )
     add("--json", type=Path, metavar="PATH", help="write the figures there")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, fail=parser.error)
 
 
 def _number(kind: Callable[[str], float], text: str, low: float, high: float, expected: str) -> float:
@@ -77,13 +83,21 @@ def run(options: argparse.Namespace) -> int:
     from signvote.cli.plan.measure import measure_codec, measure_host
 
     dtype = DTYPES[options.dtype]
+    first_bytes, cap_bytes = FIRST_BUCKET_BYTES, BUCKET_BYTES
+    if options.bucket_mb is not None:  # DDP's first bucket is no smaller then
+        first_bytes = cap_bytes = round(options.bucket_mb * 2**20)
+    if options.params * dtype.itemsize > MOST_BUCKETS * cap_bytes:
+        options.fail(
+            f"argument --params: {options.params:,} parameters make more than {MOST_BUCKETS:,} buckets of "
+            f"{cap_bytes / 2**20:g} MB; expected fewer, or a larger --bucket-mb"
+        )
     try:
         host = measure_host()
     except RuntimeError as error:
         print(f"signvote plan: gloo: {error}", file=sys.stderr)
         return 1
     cluster = Cluster(
-        buckets=ddp_buckets(options.params, dtype.itemsize, cap_bytes=round(options.bucket_mb * 2**20)),
+        buckets=ddp_buckets(options.params, dtype.itemsize, first_bytes=first_bytes, cap_bytes=cap_bytes),
         element_bytes=dtype.itemsize,
         dtype=options.dtype,
         link=Link(options.link, options.latency, full_duplex=not options.half_duplex),

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from signvote.ddp.options import TOPOLOGIES
 from signvote.ddp.trailer import TRAILER_WORDS
@@ -174,9 +175,12 @@ def predict(
         element_bytes: Of a gradient coordinate.
     """
     host, compute = host or Host(), compute or Compute()
-    exchanges = [_exchange(method, numel, workers, codec, element_bytes, host) for numel in buckets]
+    # Of many buckets only the first and the last differ.
+    of_size = {numel: _exchange(method, numel, workers, codec, element_bytes, host) for numel in set(buckets)}
+    beside_of_size = {numel: each.seconds(link, host) for numel, each in of_size.items()}
+    exchanges = [of_size[numel] for numel in buckets]
     before = [host.codec_slowdown * each.before for each in exchanges]
-    beside = [each.seconds(link, host) for each in exchanges]
+    beside = [beside_of_size[numel] for numel in buckets]
     step_seconds = _overlapped(buckets, before, beside, compute)
     if compute.on_cpu and host.workers_per_cpu >= 1:
         # The CPUs that compute also do what the other thread does, for every worker on them.
@@ -283,6 +287,7 @@ def _depth(workers: int) -> int:
     return (workers - 1).bit_length()
 
 
+@lru_cache
 def _tree_messages(workers: int) -> int:
     """How many messages' time gloo's broadcast takes: the rank r sends to each r + 2^j < M with 2^j above r's bits."""
 
@@ -365,8 +370,9 @@ def _overlapped(buckets: Sequence[int], before: Sequence[float], beside: Sequenc
     backward = compute.seconds * compute.backward_share
     computed = compute.seconds - backward
     exchanged = 0.0
+    coordinates = sum(buckets)
     for numel, own, others in zip(buckets, before, beside, strict=True):
-        computed += backward * numel / sum(buckets) + own
+        computed += backward * numel / coordinates + own
         exchanged = max(exchanged, computed) + others
     return max(computed, exchanged)
 
