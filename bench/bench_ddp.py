@@ -7,7 +7,6 @@ python bench/bench_ddp.py           # all of it; needs root and iproute2, as net
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -19,17 +18,16 @@ from typing import Any
 
 import netlab
 from ddp import report, results
+from ddp.launch import RankError, run_ranks
 from ddp.methods import METHODS
 from ddp.results import Job, Measurement, Work
 from signvote.cli.bench.machine import load, machine, versions
 
-BENCH = Path(__file__).parent
 WORKERS = (2, 4, 8)
 RATES = ("none", "1gbit", "100mbit")
 SIZES = (100_000, 1_000_000, 26_000_000)
 SECONDS = 3.0  # that the methods of a workload take turns, if their fewest runs do not take longer
 LONGEST_EXCHANGE, LONGEST_STEP = 16.0, 8.0  # seconds; what takes longer by its bytes is skipped
-LAUNCH_SECONDS = 900.0  # for the ranks of one launch
 # Of whole steps; with other numbers of workers than 4 a few only, for the sake of time.
 STEP_METHODS = (
     *("noop", "fp32", "fp16", "powersgd-1", "powersgd-4"),
@@ -41,13 +39,11 @@ QUICK_METHODS = ("noop", "fp32", "fp16", "sharded/0", "sharded/0.9")
 Launch = tuple[int, str, list[Work]]
 
 
-class RankError(Exception):
-    """A rank failed; it has said why."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     found = parser()
     options = found.parse_args(argv)
+    if options.quick and any((options.workers, options.rate, options.work, options.size, options.method)):
+        found.error("argument --quick: expected without --workers, --rate, --work, --size and --method: it has its own")
     out = options.out or (None if options.quick else Path("signvote-bench"))
     facts: dict[str, Any] = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -147,13 +143,7 @@ def launch(workers: int, rate: str, works: list[Work]) -> list[Measurement]:
     with tempfile.TemporaryDirectory(prefix="bench-ddp-") as folder, netlab.Lab(workers, rate) as lab:
         job, found = Path(folder, "job.json"), Path(folder, "results.json")
         Job(works, rate, lab.bits_per_second).write(job)
-        path = os.pathsep.join([str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "ddp.worker", str(job), str(found)]
-        # Without names of hosts c10d warns that it cannot look them up.
-        environment = {"PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        status = lab.run(command, timeout=LAUNCH_SECONDS, environment=environment)
-        if status != 0:
-            raise RankError(f"a rank of M={workers}, {rate} ended with status {status}")
+        run_ranks(lab, "worker", job, found)
         return results.read(found)
 
 

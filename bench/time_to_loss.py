@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -23,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import netlab
+from ddp.launch import RankError, run_ranks
 from ddp.training import BLOCK, PLAIN_STEPS, RANK, Curve, Run, Timing, Turns
 from signvote.cli.bench.machine import load, machine, versions
 from signvote.cli.bench.measure import Spread
 
-BENCH = Path(__file__).parent
 FORMAT = 1
 LABELS = {
     "noop": "no exchange",
@@ -44,12 +43,7 @@ DEMO_LR = {"vote": 2e-3, "fp32": 4e-3, "fp16": 4e-3, "powersgd": 4e-3}
 MOST_SETTINGS = 7
 TUNING_SEED = 1000
 BAR = 5.0  # times sooner than fp32 at 100 Mb/s
-LAUNCH_SECONDS = 900.0
 TICKS = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]  # seconds, in the plot
-
-
-class RankError(Exception):
-    """A rank failed; it has said why."""
 
 
 @dataclass
@@ -165,18 +159,12 @@ def launch(rate: str, runs: list[Run], turns: list[Turns], stop_after: float, st
         job, found = Path(folder, "job.json"), Path(folder, "results.jsonl")
         tasks = {"runs": [asdict(run) for run in runs], "turns": [asdict(one) for one in turns]}
         job.write_text(json.dumps({**tasks, "stop_after": stop_after}), encoding="utf-8")
-        path = os.pathsep.join([str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # Without names of hosts c10d warns that it cannot look them up.
-        environment = {"PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        command = [sys.executable, "-m", "ddp.training", str(job), str(found)]
         try:
-            status = lab.run(command, timeout=LAUNCH_SECONDS, environment=environment)
+            run_ranks(lab, "training", job, found)
         finally:
             if found.exists():
                 for line in found.read_text(encoding="utf-8").splitlines():
                     store.add(json.loads(line))
-        if status != 0:
-            raise RankError(f"a rank of M={workers}, {rate} ended with status {status}")
 
 
 def measure(plan: Plan, store: Store, path: Path, stop_after: float) -> bool:

@@ -114,6 +114,19 @@ def test_wrong_results_are_found(result: str, own: str, found: str, problem: str
     assert f"WrongResultError: this one: {problem}" in done.stderr
 
 
+def test_a_wrong_result_at_the_end_of_a_large_gradient_is_found() -> None:
+    done = in_a_job_of_one("""
+        from dataclasses import replace
+        from ddp import worker
+        from ddp.methods import NOOP
+        right = torch.ones(100_000)
+        wrong = right.clone()
+        wrong[-1] = 2
+        worker.check(replace(NOOP, name="this one", result="mean"), worker.window([right]), [wrong])
+    """)
+    assert "WrongResultError: this one: off the mean by 1.0e+00" in done.stderr
+
+
 def test_bad_sizes_and_rates_are_named() -> None:
     done = in_a_job_of_one("""
         from ddp.workloads import Exchange
@@ -124,3 +137,6 @@ def test_bad_sizes_and_rates_are_named() -> None:
     status, _, err = run("--rate", "fast")
     assert status == 2
     assert "rate: expected none, or 100kbit" in err
+    status, _, err = run("--quick", "--workers", "2")
+    assert status == 2
+    assert "argument --quick: expected without --workers" in err

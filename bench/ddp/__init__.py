@@ -1,1 +1,1 @@
-"""Parts of bench_ddp.py: what is compared, on what work, one rank's part, the results and their report."""
+"""Parts of bench_ddp.py and time_to_loss.py: how ranks are started, what each does, the results and their report."""
