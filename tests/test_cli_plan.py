@@ -184,6 +184,11 @@ def test_rates_are_shown_short(number: float, shown: str) -> None:
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--momentum", "1"], "argument --momentum: expected a number in [0, 1), got '1'"),
         (["--bucket-mb", "none"], "argument --bucket-mb: expected a number from 0.01 to 1000000, got 'none'"),
+        (["--params", "1__0M"], "argument --params: expected 1 to 10T, "),
+        (
+            ["--params", "10T"],
+            "argument --params: 10,000,000,000,000 parameters make more than 50,000 buckets of 25 MB",
+        ),
     ],
 )
 def test_bad_option_is_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,6 +196,15 @@ def test_bad_option_is_refused(options: list[str], message: str, capsys: pytest.
         main([*GPT2, *options])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_known_machine")
+@pytest.mark.parametrize(("options", "buckets"), [([], 20), (["--bucket-mb", "25"], 19), (["--bucket-mb", "100"], 5)])
+def test_first_bucket_is_small_unless_a_size_is_given(
+    options: list[str], buckets: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 496 MB: torch's first bucket has 1 MiB by default, and bucket_cap_mb where that is given.
+    assert run(capsys, *options).startswith(f"124,000,000 parameters, fp32, in {buckets} buckets;")
 
 
 def test_what_is_needed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
