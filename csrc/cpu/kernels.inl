@@ -2,7 +2,8 @@
 // file, and defines its table; the linkage rules of simd_portable.h hold here too.
 //
 // Numbers are told apart by integer comparisons of their bits, which no floating-point environment changes and which
-// make one template of all dtypes. The unit of work is a block: 64 coordinates, two words, one word of coins.
+// make one template of all dtypes. The unit of work is a block: 64 coordinates, two words, one word of coins; packing
+// takes as many blocks at a time as fill a register with words, a group.
 #include <fenv.h>
 #include <string.h>
 

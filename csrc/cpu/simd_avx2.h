@@ -38,7 +38,7 @@ inline Lanes<U> broadcast(U value) {
 template <class U>
 inline Lanes<U> load(const U* from) {
   __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  asm("" : "+x"(value));
+  asm("" : "+x"(value));  // or GCC would load what is used twice twice
   return {value};
 }
 template <class U>
