@@ -1,5 +1,5 @@
 // The SIMD vocabulary in plain C++, one lane to a register: what each name means is said here, and simd_<isa>.h gives
-// the same names for that instruction set. kernels.inl is written in these names only.
+// the same names for that instruction set. kernels.inl and what it includes are written in these names only.
 //
 // Everything is in an anonymous namespace, and only C headers are included: an inline function that the linker could
 // share between files would bring the instructions of one file into the others.
