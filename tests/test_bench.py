@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -260,13 +261,45 @@ def test_bar_of_an_op(changes: dict[str, Any], least: float) -> None:
     assert bars.judge([some_result(**changes, name="avx2")], "avx512") == []
 
 
-def test_bar_of_a_vote_shows_what_the_other_plain_loop_reaches() -> None:
+def test_bar_shows_what_the_other_plain_loop_reaches() -> None:
     vote = some_result(op="majority_vote", rows=3, limit="xor_rows", ratios={"limit": Spread(0.9, 0.88, 0.92)})
     xor = replace(vote, kind="limit", name="xor_rows", ratios={})
     read = replace(xor, name="read_rows_then_write", seconds=Spread(2e-3, 2e-3, 2e-3))
     (bar,) = bars.judge([vote, xor, read], "avx512")
     assert (bar.least, bar.met, bar.sure) == (0.9, True, False)
     assert bar.note == "plain XOR of the rows; plain read of the rows, then write: 0.50"
+    unpack = some_result(op="unpack_signs", dtype="bfloat16", limit="write")
+    write = replace(unpack, kind="limit", name="write", ratios={})
+    repeat = replace(write, name="repeat", seconds=Spread(2e-3, 2e-3, 2e-3))
+    (bar,) = bars.judge([unpack, write, repeat, read], "avx512")
+    assert bar.note == "plain write; plain write of the words over and over: 0.50"
+
+
+def test_limit_that_repeats_words() -> None:
+    words = np.arange(1000, dtype=np.uint32)
+    for times in (16, 32, 48):
+        out = np.zeros(times * words.size, np.uint32)
+        _limits.repeat(words, out)
+        np.testing.assert_array_equal(out, np.repeat(words, times))
+    for size in (0, 999, 8 * words.size, 17 * words.size):
+        with pytest.raises(ValueError, match="times as long as x"):
+            _limits.repeat(words, np.zeros(size, np.uint32))
+
+
+def test_pages_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = importlib.import_module("signvote.cli.bench.machine")  # a function of its name hides it
+    for setting, asked, found in (
+        ("always [madvise] never", None, "16 KB pages"),
+        ("always [madvise] never", "1", "huge pages"),
+        ("[always] madvise never", None, "huge pages"),
+        ("always madvise [never]", "1", "16 KB pages"),
+    ):
+        monkeypatch.setattr(machine, "lines", lambda path, setting=setting: [setting])
+        monkeypatch.setattr(machine.mmap, "PAGESIZE", 16384)
+        monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+        if asked:
+            monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", asked)
+        assert machine.pages() == found
 
 
 def test_bar_against_numpy_shows_what_the_limit_reaches() -> None:

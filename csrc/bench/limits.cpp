@@ -52,6 +52,15 @@ EACH_ISA void write_words(uint32_t* out, size_t size, uint32_t value) {
   for (size_t i = 0; i < size; ++i) out[i] = value;
 }
 
+// Each word `times` times over, which is a multiple of 16.
+EACH_ISA void repeat_words(const uint32_t* x, uint32_t* out, size_t size, size_t times) {
+  for (size_t i = 0; i < size; ++i) {
+    for (size_t j = 0; j < times; j += 16, out += 16) {
+      for (size_t k = 0; k < 16; ++k) out[k] = x[i];
+    }
+  }
+}
+
 EACH_ISA void copy_words(const uint32_t* x, uint32_t* out, size_t size) {
   INDEPENDENT
   for (size_t i = 0; i < size; ++i) out[i] = x[i];
@@ -168,6 +177,18 @@ void write_array(const py::array& out, uint32_t value, size_t num_threads) {
                 [&](size_t begin, size_t end) { write_words(words.data + begin, end - begin, value); });
 }
 
+void repeat_array(const py::array& x, const py::array& out, size_t num_threads) {
+  const Words from = to_words(x), to = to_out(out);
+  const size_t times = from.size > 0 ? to.size / from.size : 0;
+  if (times == 0 || times % 16 != 0 || to.size % from.size != 0) {
+    throw py::value_error("expected an out 16, 32, 48, ... times as long as x");
+  }
+  const py::gil_scoped_release release;
+  for_each_part(from.size, 32 * (times + 1), num_threads, [&](size_t begin, size_t end) {
+    repeat_words(from.data + begin, to.data + times * begin, end - begin, times);
+  });
+}
+
 void copy_array(const py::array& x, const py::array& out, size_t num_threads) {
   const Words from = to_words(x), to = to_out(out);
   if (from.size != to.size) throw py::value_error("expected an out as long as x");
@@ -223,6 +244,7 @@ PYBIND11_MODULE(_limits, module) {
   module.doc() = "Plain loops over memory, to measure the ops against; not part of the API.";
   module.def("read", &read_array, py::arg("x").noconvert(), py::arg("num_threads") = 1);
   module.def("write", &write_array, py::arg("out").noconvert(), py::arg("value"), py::arg("num_threads") = 1);
+  module.def("repeat", &repeat_array, py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("num_threads") = 1);
   module.def("copy", &copy_array, py::arg("x").noconvert(), py::arg("out").noconvert(), py::arg("num_threads") = 1);
   module.def("update", &update_array, py::arg("x").noconvert(), py::arg("kept").noconvert(),
              py::arg("num_threads") = 1);

@@ -182,7 +182,8 @@ def progress(text: str) -> None:
 
 def print_facts(facts: dict[str, Any]) -> None:
     about, found = facts["machine"], facts["versions"]
-    print(f"{about['cpu']}, {about['cpus']} CPUs, {about['memory_gigabytes']} GB, {', '.join(about['caches'])}")
+    memory = f"{about['memory_gigabytes']} GB in {about['pages']}"
+    print(f"{about['cpu']}, {about['cpus']} CPUs, {memory}, {', '.join(about['caches'])}")
     print(", ".join(f"{name} {version}" for name, version in found.items()))
     busy = facts["load_before"]
     if busy is not None and busy > 0.5:

@@ -11,6 +11,7 @@ from signvote.cli.bench.results import Result
 LIMITS = {
     "read": "plain read",
     "write": "plain write",
+    "repeat": "plain write of the words over and over",
     "update": "plain read of two, write of one",
     "xor_rows": "plain XOR of the rows",
     "read_rows_then_write": "plain read of the rows, then write",
@@ -57,7 +58,7 @@ def _what(op: Result) -> str:
 
 
 def _against_limits(ops: Sequence[Result], results: Sequence[Result]) -> Iterator[Bar]:
-    limits = {result.key: result for result in results if result.kind == "limit"}
+    limits = [result for result in results if result.kind == "limit"]
     half = ("float16", "bfloat16")
     for op in ops:
         if op.megabytes < 26 or op.limit is None:
@@ -74,12 +75,14 @@ def _against_limits(ops: Sequence[Result], results: Sequence[Result]) -> Iterato
             group, least = "majority_vote, ties by coin, against the faster plain loop over the same buffers", 0.9
         else:
             continue
-        note = ""
-        if op.op == "majority_vote":
-            # What the other plain loop reaches shows how much of a miss is in the order of access.
-            (other,) = {"xor_rows", "read_rows_then_write"} - {op.limit}
-            faster, slower = (limits[replace(op, kind="limit", name=name).key] for name in (op.limit, other))
-            note = f"{LIMITS[op.limit]}; {LIMITS[other]}: {faster.seconds.median / slower.seconds.median:.2f}"
+        # What the other plain loop reaches shows how much of a miss is in the order of access, or in what it must read.
+        same = {limit.name: limit for limit in limits if limit.key == replace(op, kind="limit", name=limit.name).key}
+        others = [
+            f"{LIMITS[name]}: {same[op.limit].seconds.median / limit.seconds.median:.2f}"
+            for name, limit in same.items()
+            if name != op.limit
+        ]
+        note = "; ".join([LIMITS[op.limit], *others]) if others else ""
         yield Bar(group, _what(op), op.megabytes, op.ratios["limit"], least, note)
 
 

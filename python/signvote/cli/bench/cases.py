@@ -51,12 +51,14 @@ class Case:
 
 
 def aligned(numel: int, dtype: Any) -> NDArray[Any]:
-    """New memory that begins with a cache line, as torch's does, and is there: every page has been written to."""
-    itemsize = np.dtype(dtype).itemsize
-    memory = np.empty(numel * itemsize + CACHE_LINE, np.uint8)
-    memory.fill(0)
-    start = -memory.ctypes.data % CACHE_LINE
-    return memory[start : start + numel * itemsize].view(dtype)
+    """New memory that is there: every page has been written to.
+
+    As torch allocates it, for it is torch's memory that the hook works on: it begins with a cache line, and NumPy would
+    ask for huge pages where torch does not.
+    """
+    memory = torch.zeros(numel * np.dtype(dtype).itemsize, dtype=torch.uint8)
+    assert memory.data_ptr() % CACHE_LINE == 0
+    return memory.numpy().view(dtype)
 
 
 def as_argument(x: NDArray[Any]) -> Any:
@@ -252,6 +254,7 @@ def _unpack_signs(case: Case, data: Data, options: Options) -> tuple[list[Conten
     field = _Field(case, options)
     field.ops(lambda **how: ops.unpack_signs(argument, case.numel, scale=SCALE, out=target, **how), check)
     field.limit("write", lambda threads: _limits.write(out, 1, threads))
+    field.limit("repeat", lambda threads: _limits.repeat(words, out, threads))
     tensor, tensor_out = as_tensor(words), as_tensor(out)
     if case.dtype != "bfloat16":
         field.peer("numpy", lambda: peers.numpy_unpack(words, SCALE, out), check)

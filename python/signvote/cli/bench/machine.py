@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 from pathlib import Path
@@ -27,7 +28,7 @@ def machine() -> dict[str, object]:
         "cpus": usable_cpus(),
         "caches": caches(),
         "memory_gigabytes": memory_gigabytes(),
-        "huge_pages": huge_pages(),
+        "pages": pages(),
         "platform": platform.platform(),
         "implementations": signvote.implementations(),
     }
@@ -69,10 +70,12 @@ def memory_gigabytes() -> float | None:
     return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
 
 
-def huge_pages() -> str | None:
-    """Linux's setting, which changes what memory costs."""
-    text = " ".join(lines("/sys/kernel/mm/transparent_hugepage/enabled"))
-    return text.partition("[")[2].partition("]")[0] or None
+def pages() -> str:
+    """Of torch's large tensors; their size changes what memory costs."""
+    setting = " ".join(lines("/sys/kernel/mm/transparent_hugepage/enabled")).partition("[")[2].partition("]")[0]
+    if setting == "always" or (setting == "madvise" and os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"):
+        return "huge pages"
+    return f"{mmap.PAGESIZE // 1024} KB pages"
 
 
 def lines(path: str | Path) -> list[str]:
