@@ -18,8 +18,12 @@ from typing import Any
 
 import netlab
 from ddp import report, results
+from ddp.calibration import WORKERS as CALIBRATION_WORKERS
+from ddp.calibration import Calibration
+from ddp.estimate import launch_seconds
 from ddp.launch import RankError, run_ranks
 from ddp.methods import METHODS
+from ddp.predictions import with_predictions
 from ddp.results import Job, Measurement, Work
 from signvote.cli.bench.machine import load, machine, versions
 
@@ -57,9 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured: list[Measurement] = []
     status = 0
     try:
-        for workers, rate, works in launches(options):
-            progress(f"{time.perf_counter() - begin:.0f} s: M={workers}, {rate}")
-            measured += launch(workers, rate, works)
+        todo = list(launches(options))
+        for _, rate, _ in todo:
+            netlab.parse_rate(rate)  # a bad one is named before anything runs
+        calibration = calibrate()
+        facts["calibration"] = calibration.as_dict()
+        expected = [launch_seconds(*one, calibration) for one in todo]
+        print(f"About {sum(expected) / 60:.1f} minutes in {len(todo)} launches.", flush=True)
+        for done, (workers, rate, works) in enumerate(todo):
+            left = sum(expected[done:])
+            progress(f"{time.perf_counter() - begin:.0f} s: M={workers}, {rate}; about {left:.0f} s left")
+            launch(workers, rate, works, calibration, measured)
     except (netlab.NetlabError, RankError, TimeoutError) as error:
         print(f"bench_ddp: {error}", file=sys.stderr)
         status = 1  # what there is until then is shown
@@ -138,13 +150,23 @@ def work(options: argparse.Namespace, kind: str, size: int, methods: Sequence[st
     return Work(kind, size, list(methods), options.seconds, options.longest or longest)
 
 
-def launch(workers: int, rate: str, works: list[Work]) -> list[Measurement]:
-    """Measure on ``workers`` hosts."""
+def calibrate() -> Calibration:
+    with tempfile.TemporaryDirectory(prefix="bench-ddp-") as folder, netlab.Lab(CALIBRATION_WORKERS) as lab:
+        found = Path(folder, "calibration.json")
+        run_ranks(lab, "calibration", found)
+        return Calibration.read(found)
+
+
+def launch(workers: int, rate: str, works: list[Work], calibration: Calibration, measured: list[Measurement]) -> None:
+    """Measure on ``workers`` hosts; what was done before one failed, or the time was over, is kept."""
     with tempfile.TemporaryDirectory(prefix="bench-ddp-") as folder, netlab.Lab(workers, rate) as lab:
         job, found = Path(folder, "job.json"), Path(folder, "results.json")
         Job(works, rate, lab.bits_per_second).write(job)
-        run_ranks(lab, "worker", job, found)
-        return results.read(found)
+        try:
+            run_ranks(lab, "worker", job, found)
+        finally:
+            if found.exists():
+                measured += with_predictions(results.read(found), calibration)
 
 
 def progress(text: str) -> None:

@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
@@ -73,6 +74,11 @@ def parse_rate(text: str) -> float | None:
     return rate
 
 
+def burst_bytes(bits_per_second: float) -> float:
+    """What a link of this rate lets pass at once after a pause."""
+    return max(bits_per_second / 8 * BURST_SECONDS, 1.5 * GSO_BYTES)
+
+
 class Lab:
     """Hosts for ``workers`` ranks, as a context; on its end, also by SIGTERM or Ctrl-C, everything is given back.
 
@@ -93,7 +99,7 @@ class Lab:
             raise ValueError(f"workers: expected 1 to {MAX_WORKERS}, got {workers}")
         self.workers = workers
         self.bits_per_second = parse_rate(rate)
-        self.name = f"netlab-{os.getpid()}-{next(self._numbers)}"
+        self.name = f"netlab-{os.getpid()}-{started(os.getpid())}-{next(self._numbers)}"
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> Lab:
@@ -145,8 +151,8 @@ class Lab:
         """The queue at each end of a link, which also counts its bytes."""
         if self.bits_per_second is None:
             return ["pfifo"]
-        burst = max(self.bits_per_second / 8 * BURST_SECONDS, 1.5 * GSO_BYTES)
-        return ["tbf", "rate", f"{self.bits_per_second:.0f}bit", "burst", f"{burst:.0f}", "limit", f"{QUEUE_BYTES}"]
+        burst = f"{burst_bytes(self.bits_per_second):.0f}"
+        return ["tbf", "rate", f"{self.bits_per_second:.0f}bit", "burst", burst, "limit", f"{QUEUE_BYTES}"]
 
     def run(self, command: Sequence[str], *, timeout: float, environment: Mapping[str, str] | None = None) -> int:
         """Run ``command`` as one rank on each host, with the environment that torchrun would give it.
@@ -274,11 +280,20 @@ def namespaces(prefix: str) -> list[str]:
     return [name for name in found if name.startswith(f"{prefix}-")]
 
 
+def started(pid: int) -> int | None:
+    """When that process began, in clock ticks since the machine did: another one with its number began later."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[19])  # the name before may hold anything
+
+
 def remove_stale() -> None:
     """Remove the labs of processes that are gone."""
     for namespace in namespaces("netlab"):
-        match = re.fullmatch(r"netlab-(\d+)-\d+-(?:\d+|switch)", namespace)
-        if match and not os.path.exists(f"/proc/{match[1]}"):
+        match = re.fullmatch(r"netlab-(\d+)-(\d+)-\d+-(?:\d+|switch)", namespace)
+        if match and started(int(match[1])) != int(match[2]):
             with contextlib.suppress(NetlabError):  # another run that begins now may have been first
                 remove(namespace)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+import labs
 import signvote
 from ranks import RankPool
 
@@ -27,3 +28,10 @@ def ranks() -> Iterator[RankPool]:
     """Four real gloo ranks, which stay up between tests."""
     with RankPool(4) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def needs_lab() -> None:
+    """For tests that are skipped on a machine that cannot have a lab."""
+    if (reason := labs.refusal()) is not None:
+        pytest.skip(reason)

@@ -3,68 +3,54 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from test_netlab import REFUSAL, namespaces_of
+import bench_ddp
+import labs
+import netlab
+from ddp import predictions, report, results
+from ddp.calibration import Calibration
+from ddp.results import Measurement
+from ddp.worker import schedule
+from ranks import RankError, RankPool
+from signvote.cli.bench.measure import MAX_ROUNDS, Spread
+from signvote.cli.plan.model import Codec, Compute, Host, Link, predict
 
-BENCH = Path(__file__).parent.parent / "bench"
-PROGRAM = [sys.executable, str(BENCH / "bench_ddp.py")]
 VOTES = [f"{topology}/{momentum}" for topology in ("sharded", "allgather", "server") for momentum in ("0", "0.9")]
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-    with subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            out, err = process.communicate(timeout=110)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            raise
-    assert not (REFUSAL is None and namespaces_of(process.pid))
-    return process.returncode, out, err
-
-
-def in_a_job_of_one(script: str) -> subprocess.CompletedProcess[str]:
-    """``script`` where the parts of the benchmark and a process group of one rank are at hand."""
-    begin = """if True:
-        import torch, torch.distributed as dist
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    """
-    path = os.pathsep.join([str(BENCH), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, "-c", begin + script],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-@pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
+@pytest.mark.usefixtures("needs_lab")
 def test_every_method_is_checked_measured_and_reported(tmp_path: Path) -> None:
-    arguments = ["--workers", "2", "--rate", "1gbit", "--work", "exchange", "demo", "--size", "100000"]
-    status, out, err = run(*arguments, "--seconds", "0.1", "--out", str(tmp_path))
-    assert status == 0, err
+    arguments = ["--workers", "2", "--rate", "1gbit", "--work", "exchange", "demo", "--size", "100000", "1000000"]
+    # fp32 all-reduce of the larger one needs 32 ms.
+    done = labs.run("bench_ddp.py", *arguments, "--seconds", "0.1", "--longest", "0.03", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "ddp.png").read_bytes().startswith(b"\x89PNG")
     document = json.loads((tmp_path / "ddp.json").read_text())
     assert document["machine"]["cpu"]
-    measured: dict[tuple[str, str], dict[str, Any]] = {
-        (one["workload"], one["method"]): one for one in document["measurements"]
+    found: dict[tuple[str, int, str], dict[str, Any]] = {
+        (one["workload"], one["coordinates"], one["method"]): one for one in document["measurements"]
     }
-    exchanged = {method for workload, method in measured if workload == "exchange"}
-    assert exchanged == {"fp32", "fp16", "powersgd-1", "powersgd-4", *VOTES}
-    for (workload, method), one in measured.items():
+    skipped = found.pop(("exchange", 1_000_000, "fp32"))
+    assert skipped["seconds"] is None
+    assert "takes more than 0.032 s" in done.stdout
+    every = {"fp32", "fp16", "powersgd-1", "powersgd-4", *VOTES}
+    for d, methods in ((100_000, every), (1_000_000, every - {"fp32"})):
+        assert {method for workload, size, method in found if (workload, size) == ("exchange", d)} == methods
+    for (workload, d, method), one in found.items():
         assert 0 < one["seconds"]["low"] <= one["seconds"]["median"] <= one["seconds"]["high"]
         assert one["samples"] >= 3
-        assert f"\n  {method} " in out
-        if workload == "exchange":
-            d = 100_000
+        assert f"\n  {method} " in done.stdout
+        assert (one["predicted"] is None) == method.startswith(("powersgd", "noop"))
+        if workload == "demo":
+            assert one["times_noop"]["median"] > 0
+        if workload == "exchange" and d == 100_000:
             payload = {
                 "fp32": 4 * d,
                 "fp16": 2 * d,
@@ -77,66 +63,161 @@ def test_every_method_is_checked_measured_and_reported(tmp_path: Path) -> None:
             assert one["floor"] == pytest.approx(8 * expected / 1e9)
             assert expected < one["link_sent"] < 1.3 * expected + 10_000
             assert set(one["times_faster"]) == {"fp32", "fp16", "powersgd-1", "powersgd-4"} - {method}
-        else:
-            assert one["times_noop"]["median"] > 0
-    assert measured["demo", "noop"]["payload_sent"] == 0
+    assert found["demo", 460_032, "noop"]["payload_sent"] == 0
+    assert "predicted ms" in done.stdout
+    predicted = sum(one["predicted"] is not None for one in found.values())
+    assert f"signvote plan, off the measured time by (worst of {predicted}, " in done.stdout
+    assert document["calibration"]["host"]["message_seconds"] > 0
+    assert re.search(r"^About \d+\.\d minutes in 1 launches\.$", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
-def test_what_takes_too_long_is_skipped_and_said(tmp_path: Path) -> None:
-    arguments = ["--workers", "2", "--rate", "1mbit", "--work", "exchange", "--size", "100000", "--longest", "0.5"]
-    status, out, err = run(*arguments, "--method", "fp32", "sharded/0", "--json", str(tmp_path / "some.json"))
-    assert status == 0, err
-    assert "takes more than 3 s" in out
-    measured = json.loads((tmp_path / "some.json").read_text())["measurements"]
-    assert {one["method"]: one["seconds"] is None for one in measured} == {"fp32": True, "sharded/0": False}
+CODEC = Codec(pack=0.4e-9, vote=4e-12, unpack=0.2e-9, to_half=0.2e-9, from_half=0.2e-9)
+CALIBRATION = Calibration({0.0: CODEC, 0.9: replace(CODEC, pack=0.8e-9)}, Host(message_seconds=1e-4, byte_seconds=1e-9))
+
+
+def measurement(method: str, workload: str = "exchange", seconds: float = 0.1, workers: int = 4) -> Measurement:
+    spread = Spread(seconds, 0.9 * seconds, 1.1 * seconds)
+    return Measurement(
+        workload, 10**7, [4 * 10**6, 6 * 10**6], workers, "1gbit", method, 1.0, 1.0, None, seconds=spread
+    )
+
+
+@pytest.mark.parametrize("workload", ["exchange", "sleep", "cpu"])
+@pytest.mark.parametrize(
+    ("method", "name", "momentum"),
+    [("fp32", "allreduce", 0.0), ("fp16", "fp16", 0.0), ("server/0", "server", 0.0), ("sharded/0.9", "sharded", 0.9)],
+)
+def test_predictions_are_those_of_plan_in_the_lab(
+    workload: str, method: str, name: str, momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictions, "usable_cpus", lambda: 2)
+    ours = [measurement("powersgd-1", workload), measurement(method, workload)]
+    noop = measurement("noop", workload, seconds=0.3)
+    elsewhere = replace(measurement("noop", workload, seconds=7.0), workers=2)
+    rank_1, own = predictions.with_predictions([noop, elsewhere, *ours], CALIBRATION)[2:]
+    assert rank_1.predicted is None
+    compute = None if workload == "exchange" else Compute(0.3, on_cpu=workload == "cpu")
+    expected = predict(
+        name,
+        own.buckets,
+        4,
+        Link(1e9, latency_seconds=0.0, burst_bytes=125_000),
+        codec=CALIBRATION.codecs[momentum],
+        host=replace(CALIBRATION.host, workers_per_cpu=2.0),
+        compute=compute,
+    )
+    assert own.predicted == (expected.exchange_seconds if compute is None else expected.step_seconds)
+
+
+def test_unlimited_links_take_no_time() -> None:
+    (own,) = predictions.with_predictions([replace(measurement("fp32"), rate="none")], CALIBRATION)
+    (limited,) = predictions.with_predictions([measurement("fp32")], CALIBRATION)
+    assert own.predicted is not None
+    assert limited.predicted is not None
+    assert 0 < own.predicted < limited.predicted
+
+
+def test_the_worst_prediction_is_the_bar() -> None:
+    measured = [replace(measurement(method), predicted=0.1 * off) for method, off in (("fp32", 1.2), ("fp16", 0.7))]
+    (bar,) = report.judge([*measured, measurement("powersgd-1")])
+    assert "(worst of 2, 1 are within 0.25: exchange, fp16, 10M, M=4, 1gbit)" in bar.what
+    assert bar.measured.median == pytest.approx(0.3)
+    assert bar.measured.high == pytest.approx(1 - 0.07 / 0.11)
+    assert not bar.met
+    assert report.judge(measured[:1])[0].met
+    row = report.table(measured).splitlines()[-1].split()
+    assert row[:5] == ["fp16", "100.0", "90.0-110.0", "70.0", "0.70"]
+
+
+def test_what_a_launch_measured_before_it_failed_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class NoLab:
+        bits_per_second = 1e9
+
+        def __init__(self, workers: int, rate: str) -> None: ...
+        def __enter__(self) -> NoLab:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+    def run_ranks(lab: object, module: str, *paths: Path) -> None:
+        results.write(paths[-1], [measurement("fp32")])
+        raise TimeoutError("not done after 900 seconds")
+
+    monkeypatch.setattr(netlab, "Lab", NoLab)
+    monkeypatch.setattr(bench_ddp, "calibrate", lambda: CALIBRATION)
+    monkeypatch.setattr(bench_ddp, "run_ranks", run_ranks)
+    assert bench_ddp.main(["--workers", "4", "--rate", "1gbit", "--json", str(tmp_path / "some.json")]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[0] == "bench_ddp: not done after 900 seconds"
+    assert "exchange of one bucket, 10,000,000 coordinates in 2 buckets, M=4, 1gbit\n  fp32" in printed.out
+    assert [one.method for one in results.read(tmp_path / "some.json")] == ["fp32"]
+
+
+@pytest.mark.parametrize(
+    ("estimates", "rounds", "turns"),
+    [
+        ([0.1, 0.1], 10, [10, 10]),
+        ([0.001, 0.002], MAX_ROUNDS, [MAX_ROUNDS, MAX_ROUNDS]),
+        ([0.1, 0.3, 2.0, 4.5], 7, [7, 7, 3, 1]),
+        ([], 0, []),
+    ],
+)
+def test_slow_methods_take_part_in_fewer_rounds(estimates: list[float], rounds: int, turns: list[int]) -> None:
+    assert schedule(estimates, 2.0) == (rounds, turns)
+
+
+def check(result: str, own: list[float], found: list[float]) -> None:
+    from ddp import worker
+    from ddp.methods import NOOP
+
+    method = replace(NOOP, name="this one", result=result)
+    worker.check(method, worker.window([torch.tensor(own)]), [torch.tensor(found)])
+
+
+RIGHT = [1.0] * 100_000
 
 
 @pytest.mark.parametrize(
     ("result", "own", "found", "problem"),
     [
-        ("mean", "[1.0, -2.0]", "[1.0, -2.1]", "off the mean by 5.0e-02"),
-        ("vote", "[1.0, -2.0]", "[1.0, 1.0]", "1 of 2 coordinates follow the minority"),
-        ("vote", "[1.0, 0.0]", "[1.0, 0.0]", "there are votes other than +1 and -1"),
-        ("approximation", "[1.0, -2.0]", "[0.0, 0.0]", "nothing but zeros"),
-        ("own", "[1.0, -2.0]", "[1.0, 2.0]", "the gradients have changed"),
+        ("mean", [1.0, -2.0], [1.0, -2.1], "off the mean by 5.0e-02"),
+        ("vote", [1.0, -2.0], [1.0, 1.0], "1 of 2 coordinates follow the minority"),
+        ("vote", [1.0, 0.0], [1.0, 0.0], "there are votes other than +1 and -1"),
+        ("approximation", [1.0, -2.0], [0.0, 0.0], "nothing but zeros"),
+        ("own", [1.0, -2.0], [1.0, 2.0], "the gradients have changed"),
+        pytest.param("mean", RIGHT, [*RIGHT[1:], 2.0], "off the mean by 1.0e+00", id="at the end of a large gradient"),
     ],
 )
-def test_wrong_results_are_found(result: str, own: str, found: str, problem: str) -> None:
-    done = in_a_job_of_one(f"""
-        from dataclasses import replace
-        from ddp import worker
-        from ddp.methods import NOOP
-        method = replace(NOOP, name="this one", result={result!r})
-        worker.check(method, torch.tensor({own}), [torch.tensor({found})])
-    """)
-    assert done.returncode != 0
-    assert f"WrongResultError: this one: {problem}" in done.stderr
+def test_wrong_results_are_found(
+    ranks: RankPool, result: str, own: list[float], found: list[float], problem: str
+) -> None:
+    with pytest.raises(RankError) as info:
+        ranks.run(check, result, own, found, world=1)
+    assert f"WrongResultError: this one: {problem}" in str(info.value)
 
 
-def test_a_wrong_result_at_the_end_of_a_large_gradient_is_found() -> None:
-    done = in_a_job_of_one("""
-        from dataclasses import replace
-        from ddp import worker
-        from ddp.methods import NOOP
-        right = torch.ones(100_000)
-        wrong = right.clone()
-        wrong[-1] = 2
-        worker.check(replace(NOOP, name="this one", result="mean"), worker.window([right]), [wrong])
-    """)
-    assert "WrongResultError: this one: off the mean by 1.0e+00" in done.stderr
+def exchange(coordinates: int) -> None:
+    from ddp.workloads import Exchange
+
+    Exchange(coordinates)
 
 
-def test_bad_sizes_and_rates_are_named() -> None:
-    done = in_a_job_of_one("""
-        from ddp.workloads import Exchange
-        Exchange(2_500_000)
-    """)
-    assert "exchange: expected a multiple of 1000" in done.stderr
-    assert "got 2500000" in done.stderr
-    status, _, err = run("--rate", "fast")
-    assert status == 2
-    assert "rate: expected none, or 100kbit" in err
-    status, _, err = run("--quick", "--workers", "2")
-    assert status == 2
-    assert "argument --quick: expected without --workers" in err
+def test_bad_sizes_are_named(ranks: RankPool) -> None:
+    with pytest.raises(RankError, match=r"exchange: expected a multiple of 1000 .*, got 2500000"):
+        ranks.run(exchange, 2_500_000, world=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--rate", "fast"], "rate: expected none, or 100kbit"),
+        (["--quick", "--workers", "2"], "argument --quick: expected without --workers"),
+    ],
+)
+def test_bad_options_are_named(options: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench_ddp.main(options)
+    assert stop.value.code == 2
+    assert problem in capsys.readouterr().err

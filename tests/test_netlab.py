@@ -5,52 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parent.parent / "bench"
+import labs
+from labs import BENCH, ip, namespaces_of
+from netlab import started
+
 NETLAB = [sys.executable, str(BENCH / "netlab.py")]
-
-
-def refusal() -> str | None:
-    """Why this machine cannot have a lab."""
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
-        return "network namespaces need Linux and root"
-    if not (shutil.which("ip") and shutil.which("tc")):
-        return "no iproute2"
-    name = f"signvote-test-{os.getpid()}"
-    try:
-        for command in (
-            f"ip netns add {name}",
-            f"ip -n {name} link add bridge type bridge",
-            f"ip -n {name} link add one type veth peer name two",
-            f"tc -n {name} qdisc add dev one root tbf rate 1mbit burst 25000 limit 50000",
-        ):
-            done = subprocess.run(command.split(), capture_output=True, text=True, timeout=30, check=False)
-            if done.returncode != 0:
-                return f"{command}: {done.stderr.strip()}"
-    finally:
-        subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=30, check=False)
-    return None
-
-
-REFUSAL = refusal()
-needs_lab = pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL))
-
-
-def ip(*arguments: str) -> str:
-    return subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=30, check=True).stdout
-
-
-def namespaces_of(pid: int) -> list[str]:
-    return re.findall(rf"^netlab-{pid}-\S+", ip("netns", "list"), re.MULTILINE)
 
 
 def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
@@ -63,17 +32,9 @@ def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
 def run(*arguments: str, script: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
     """A run of netlab that leaves nothing behind; ``script`` is what each rank runs, in Python."""
     command = [] if script is None else ["--", sys.executable, "-c", script]
-    with subprocess.Popen(
-        [*NETLAB, *arguments, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            raise
-    assert not (REFUSAL is None and namespaces_of(process.pid))
-    assert not check or process.returncode == 0, err
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    done = labs.run("netlab.py", *arguments, *command, seconds=60)
+    assert not check or done.returncode == 0, done.stderr
+    return done
 
 
 def by_rank(out: str) -> dict[int, str]:
@@ -81,7 +42,7 @@ def by_rank(out: str) -> dict[int, str]:
     return {int(line[1]): line[2] for line in lines if line}
 
 
-@needs_lab
+@pytest.mark.usefixtures("needs_lab")
 def test_ranks_get_the_environment_that_torchrun_gives() -> None:
     links = ip("-o", "link")
     script = "import json, os, socket; print(json.dumps([dict(os.environ), socket.if_nameindex()]))"
@@ -96,7 +57,7 @@ def test_ranks_get_the_environment_that_torchrun_gives() -> None:
     assert ip("-o", "link") == links
 
 
-@needs_lab
+@pytest.mark.usefixtures("needs_lab")
 def test_gloo_ranks_meet() -> None:
     script = """if True:
         import datetime, torch, torch.distributed as dist
@@ -144,7 +105,7 @@ STREAM = """if True:
 """
 
 
-@needs_lab
+@pytest.mark.usefixtures("needs_lab")
 def test_links_have_their_rate_both_ways_and_count_their_bytes() -> None:
     size = 2_000_000
     script = STREAM.replace("BENCH", repr(str(BENCH))).replace("BYTES", str(size))
@@ -158,7 +119,7 @@ def test_links_have_their_rate_both_ways_and_count_their_bytes() -> None:
         assert size * 1.04 < received < size * 1.10
 
 
-@needs_lab
+@pytest.mark.usefixtures("needs_lab")
 def test_unlimited_links_count_too() -> None:
     script = STREAM.replace("BENCH", repr(str(BENCH))).replace("BYTES", "20000000")
     for line in by_rank(run("--workers", "2", script=script).stdout).values():
@@ -167,7 +128,7 @@ def test_unlimited_links_count_too() -> None:
         assert sent > 20_000_000
 
 
-@needs_lab
+@pytest.mark.usefixtures("needs_lab")
 def test_the_first_failure_ends_all_and_its_status_is_passed_on() -> None:
     script = "import os, sys, time; print(1); sys.exit('no!' if os.environ['RANK'] == '1' else time.sleep(60))"
     begin = time.monotonic()
@@ -179,25 +140,26 @@ def test_the_first_failure_ends_all_and_its_status_is_passed_on() -> None:
     assert run("--workers", "2", script=script, check=False).returncode == 128 + 9
 
 
-@needs_lab
+@pytest.mark.usefixtures("needs_lab")
 def test_timeout_ends_all() -> None:
     done = run("--workers", "2", "--timeout", "0.5", script="import time; time.sleep(60)", check=False)
     assert done.returncode == 124
     assert "not done after 0.5 seconds" in done.stderr
 
 
-@pytest.fixture
-def sleeping() -> Iterator[subprocess.Popen[str]]:
-    """A lab whose ranks sleep, one of them in a child that ignores SIGTERM."""
+@contextmanager
+def sleeping(obstinate: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """A lab whose ranks sleep, one of them with a child; where it is ``obstinate``, it ignores SIGTERM."""
     script = """if True:
         import os, signal, subprocess, sys, time
         if os.environ["RANK"] == "1":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if OBSTINATE:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             subprocess.Popen(["sleep", "120"])
         print("ready", flush=True)
         time.sleep(120)
     """
-    command = [*NETLAB, "--workers", "2", "--", sys.executable, "-c", script]
+    command = [*NETLAB, "--workers", "2", "--", sys.executable, "-c", script.replace("OBSTINATE", str(obstinate))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         assert sorted(process.stdout.readline() for _ in range(2)) == ["0: ready\n", "1: ready\n"]
@@ -218,29 +180,70 @@ def alive(pid: str) -> bool:
         return False
 
 
-@needs_lab
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_signals_leave_nothing(sleeping: subprocess.Popen[str], number: signal.Signals, status: int) -> None:
-    pids = running_in(namespaces_of(sleeping.pid))
-    assert len(pids) == 3
-    sleeping.send_signal(number)
-    assert sleeping.wait(30) == status
-    assert not namespaces_of(sleeping.pid)
-    eventually(lambda: not any(map(alive, pids)))
+@pytest.mark.usefixtures("needs_lab")
+@pytest.mark.parametrize(
+    ("number", "status", "obstinate"),
+    [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGHUP, 129, False)],
+)
+def test_signals_leave_nothing(number: signal.Signals, status: int, obstinate: bool) -> None:
+    with sleeping(obstinate) as process:
+        pids = running_in(namespaces_of(process.pid))
+        assert len(pids) == 3
+        process.send_signal(number)
+        assert process.wait(30) == status
+        assert not namespaces_of(process.pid)
+        eventually(lambda: not any(map(alive, pids)))
 
 
-@needs_lab
-def test_what_a_killed_run_left_goes_with_the_next(sleeping: subprocess.Popen[str]) -> None:
-    run("--workers", "1", script="pass")
-    left = namespaces_of(sleeping.pid)
-    assert len(left) == 3  # not touched by a run beside it
-    pids = running_in(left)
-    sleeping.kill()
-    sleeping.wait(30)
-    assert namespaces_of(sleeping.pid) == left
-    run("--workers", "1", script="pass")
-    assert not namespaces_of(sleeping.pid)
-    eventually(lambda: not any(map(alive, pids)))
+@pytest.mark.usefixtures("needs_lab")
+def test_what_a_killed_run_left_goes_with_the_next() -> None:
+    with sleeping(obstinate=True) as process:
+        run("--workers", "1", script="pass")
+        left = namespaces_of(process.pid)
+        assert len(left) == 3  # not touched by a run beside it
+        pids = running_in(left)
+        process.kill()
+        process.wait(30)
+        assert namespaces_of(process.pid) == left
+        run("--workers", "1", script="pass")
+        assert not namespaces_of(process.pid)
+        eventually(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.usefixtures("needs_lab")
+def test_what_was_left_goes_also_if_another_process_has_its_number() -> None:
+    own, other = f"netlab-{os.getpid()}-{started(os.getpid())}-9-0", f"netlab-{os.getpid()}-1-9-0"
+    try:
+        for name in (own, other):
+            ip("netns", "add", name)
+        run("--workers", "1", script="pass")
+        assert namespaces_of(os.getpid()) == [own]
+    finally:
+        for name in namespaces_of(os.getpid()):
+            ip("netns", "delete", name)
+
+
+@pytest.mark.usefixtures("needs_lab")
+def test_a_namespace_that_cannot_be_removed_keeps_no_other() -> None:
+    script = """if True:
+        import os, netlab
+        remove = netlab.remove
+        def refuse(namespace):
+            if namespace.endswith("-0"):
+                raise netlab.NetlabError(f"{namespace} stays")
+            remove(namespace)
+        netlab.remove = refuse
+        try:
+            with netlab.Lab(3) as lab:
+                before = netlab.namespaces(lab.name)
+        except netlab.NetlabError as error:
+            print(len(before), str(error) == f"{lab.name}-0 stays", netlab.namespaces(lab.name) == [f"{lab.name}-0"])
+        remove(f"{lab.name}-0")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=BENCH, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "4 True True\n", done.stderr
 
 
 @pytest.mark.parametrize(

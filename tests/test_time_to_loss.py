@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from test_netlab import REFUSAL, namespaces_of
+from labs import namespaces_of, refusal
+
+REFUSAL = refusal()
 
 BENCH = Path(__file__).parent.parent / "bench"
 METHODS = {"vote", "fp32", "fp16", "powersgd"}

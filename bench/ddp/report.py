@@ -19,6 +19,9 @@ WORKLOADS = {
 }
 
 
+PREDICTION_BOUND = 0.25
+
+
 @dataclass(frozen=True)
 class Column:
     """Of the table. It is left out where it has nothing to say."""
@@ -59,10 +62,20 @@ def _of_floor(one: Measurement) -> str:
     return "" if one.seconds is None or not one.floor else f"{one.floor / one.seconds.median:.2f}"
 
 
+def _predicted(one: Measurement) -> str:
+    return "" if one.predicted is None else f"{1e3 * one.predicted:.1f}"
+
+
+def _of_measured(one: Measurement) -> str:
+    return "" if one.predicted is None or one.seconds is None else f"{one.predicted / one.seconds.median:.2f}"
+
+
 COLUMNS = (
     Column("", lambda one: f"  {one.method}"),
     Column("ms", _milliseconds),
     Column("quartiles", _quartiles),
+    Column("predicted ms", _predicted),
+    Column("/ ms", _of_measured),
     Column("x noop", lambda one: _times(one.times_noop)),
     Column("/ fp32", _than("fp32")),
     Column("/ fp16", _than("fp16")),
@@ -89,7 +102,7 @@ def table(measurements: Sequence[Measurement], columns: Sequence[Column] = COLUM
 
 def _title(lines: Sequence[Measurement]) -> str:
     one = lines[0]
-    most = max(line.buckets for line in lines)
+    most = max(len(line.buckets) for line in lines)
     buckets = f" in {most} buckets" if most > 1 else ""
     rate = "unlimited" if one.rate == "none" else one.rate
     return f"{WORKLOADS[one.workload]}, {one.coordinates:,} coordinates{buckets}, M={one.workers}, {rate}"
@@ -116,7 +129,7 @@ def judge(measurements: Sequence[Measurement]) -> list[Bar]:
     """Those that the measurements can answer."""
     measured = [one for one in measurements if one.seconds is not None]
     votes = [one for one in measured if one.method.startswith("sharded/")]
-    return [*_bytes(votes), *_exchange(votes), *_steps(votes), *_growth(votes)]
+    return [*_bytes(votes), *_exchange(votes), *_steps(votes), *_growth(votes), *_predictions(measured)]
 
 
 def _exactly(value: float) -> Spread:
@@ -125,6 +138,26 @@ def _exactly(value: float) -> Spread:
 
 def _where(one: Measurement) -> str:
     return f"{one.method}, {one.coordinates / 1e6:.3g}M, M={one.workers}, {one.rate}"
+
+
+def _predictions(measured: Sequence[Measurement]) -> Iterator[Bar]:
+    """One for all: that of the worst."""
+    errors = [(_error(one), one) for one in measured if one.predicted is not None]
+    if not errors:
+        return
+    worst, one = max(errors, key=lambda pair: pair[0].median)
+    within = sum(error.median <= PREDICTION_BOUND for error, _ in errors)
+    which = f"worst of {len(errors)}, {within} are within {PREDICTION_BOUND:g}: {one.workload}, {_where(one)}"
+    yield Bar(f"signvote plan, off the measured time by ({which})", worst, PREDICTION_BOUND, False)
+
+
+def _error(one: Measurement) -> Spread:
+    """How far the prediction is off, as a part of what was measured."""
+    assert one.predicted is not None
+    assert one.seconds is not None
+    seconds = one.seconds
+    median, *others = (abs(one.predicted / part - 1) for part in (seconds.median, seconds.low, seconds.high))
+    return Spread(median, min(median, *others), max(median, *others))
 
 
 def _bytes(votes: Sequence[Measurement]) -> Iterator[Bar]:

@@ -58,6 +58,7 @@ class Measurement:
     """One method on one workload among ``workers`` on links of ``rate``.
 
     Attributes:
+        buckets: Coordinates of each, in the order in which the backward pass fills them.
         payload_sent, payload_received: Bytes of one run, of the rank that sends, or receives, most: of a vote as its
             state has counted, of others by formula.
         link_sent, link_received: The same, counted by the kernel on the links.
@@ -67,11 +68,12 @@ class Measurement:
         times_faster: How many times faster than another method.
         phases: Mean seconds of a run in each phase of a vote, on the slowest rank.
         skipped: Why it was not measured.
+        predicted: Seconds by the model of `signvote plan`; None: it has no such method.
     """
 
     workload: str
     coordinates: int
-    buckets: int
+    buckets: list[int]
     workers: int
     rate: str
     method: str
@@ -86,12 +88,15 @@ class Measurement:
     times_faster: dict[str, Spread] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
     skipped: str | None = None
+    predicted: float | None = None
 
 
 def write(path: Path, measurements: Sequence[Measurement], **more: Any) -> None:
     document = {"format": FORMAT, **more, "measurements": [asdict(one) for one in measurements]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)  # all of it or nothing, also where the writer is ended
 
 
 def read(path: Path) -> list[Measurement]:

@@ -53,10 +53,10 @@ def main(job_path: str, results_path: str) -> None:
         with no_garbage_collection():
             for work in job.works:
                 measurements += measure(work, job)
+                if int(os.environ["RANK"]) == 0:  # now, so that it is there if a later one fails
+                    results.write(Path(results_path), measurements)
     finally:
         dist.destroy_process_group()
-    if int(os.environ["RANK"]) == 0:
-        results.write(Path(results_path), measurements)
 
 
 def measure(work: Work, job: Job) -> list[Measurement]:
@@ -80,19 +80,23 @@ def begin(work: Work, job: Job, workload: Workload, method: Method) -> Measureme
     """What is known before anything runs."""
     workers = dist.get_world_size()
     payload = method.payload(workload.shapes, workers)
-    floor = None if job.bits_per_second is None else 8 * payload / job.bits_per_second
+    floor = floor_seconds(payload, job.bits_per_second)
     return Measurement(
         workload=work.kind,
         coordinates=coordinates(workload.shapes),
-        buckets=1 if method.one_bucket else workload.buckets(),
+        buckets=workload.buckets(method),
         workers=workers,
         rate=job.rate,
         method=method.name,
         payload_sent=payload,
         payload_received=payload,
         floor=floor,
-        skipped=None if floor is None or floor <= work.longest else f"takes more than {floor:.0f} s",
+        skipped=None if floor is None or floor <= work.longest else f"takes more than {floor:.2g} s",
     )
+
+
+def floor_seconds(payload: float, bits_per_second: float | None) -> float | None:
+    return None if bits_per_second is None else 8 * payload / bits_per_second
 
 
 class Runner:
@@ -167,16 +171,22 @@ class Runner:
         return dict(zip(PHASES, largest(*seconds), strict=True))
 
 
-def take_turns(runners: Sequence[Runner], seconds: float) -> None:
-    """Fill the samples of all, in about ``seconds`` or the least number of rounds: see measure.py for the constants."""
-    estimates = [runner.estimate for runner in runners]
+def schedule(estimates: Sequence[float], seconds: float) -> tuple[int, list[int]]:
+    """How many rounds, and in how many of them each takes part, whose runs take about ``estimates``."""
+    if not estimates:
+        return 0, []
     slow = SLOW * min(estimates)
     rounds = int(seconds / sum(min(estimate, slow) for estimate in estimates))
     rounds = min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)
-    turns = [
+    return rounds, [
         1 if estimate > LONG_SECONDS else min(rounds, max(MIN_SAMPLES, int(rounds * slow / estimate)))
         for estimate in estimates
     ]
+
+
+def take_turns(runners: Sequence[Runner], seconds: float) -> None:
+    """Fill the samples of all, in about ``seconds`` or the least number of rounds: see measure.py for the constants."""
+    rounds, turns = schedule([runner.estimate for runner in runners], seconds)
     for turn in range(rounds):
         for k in range(len(runners)):
             i = (k + turn) % len(runners)

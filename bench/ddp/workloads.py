@@ -37,7 +37,8 @@ class Workload(Protocol):
     def state(self, method: Method) -> Any:
         """The state of the method's hook."""
 
-    def buckets(self) -> int: ...
+    def buckets(self, method: Method) -> list[int]:
+        """Coordinates of each, in the order in which they become ready."""
 
 
 class Layer(nn.Module):
@@ -78,8 +79,8 @@ class Exchange:
     def state(self, method: Method) -> Any:
         return self._hooks[method][1]
 
-    def buckets(self) -> int:
-        return 1
+    def buckets(self, method: Method) -> list[int]:
+        return [self._bucket.buffer().numel()]
 
 
 def bucket_of(module: nn.Module) -> Any:
@@ -149,8 +150,8 @@ class Steps:
     def state(self, method: Method) -> Any:
         return self._model(method).hooks[method][1]
 
-    def buckets(self) -> int:
-        return self._model(NOOP).buckets
+    def buckets(self, method: Method) -> list[int]:
+        return self._model(method).buckets
 
 
 class _Model:
@@ -160,7 +161,7 @@ class _Model:
         self.ddp = ddp
         self.loss = loss
         self.hooks: dict[Method, tuple[Hook, Any]] = {}
-        self.buckets = 0
+        self.buckets: list[int] = []
         ddp.register_comm_hook(self, _call_chosen)
         self.use(NOOP)
         for _ in range(2):  # DDP lays its buckets anew after the first
@@ -176,7 +177,9 @@ def _call_chosen(
     chooser: _Model,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[torch.Tensor]:
-    chooser.buckets = bucket.index() + 1
+    if bucket.index() == 0:
+        chooser.buckets = []
+    chooser.buckets.append(bucket.buffer().numel())
     hook, state = chooser.chosen
     return hook(state, bucket)
 
@@ -239,6 +242,13 @@ def demo_model() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
         if not parameter.any():  # as after the first step: with them at 0, most gradients are 0
             nn.init.normal_(parameter, std=1e-3)
     return transformer, lambda module: model.loss(module, pieces)
+
+
+def coordinates_of(kind: str) -> int:
+    """Of the models."""
+    if kind == "demo":
+        return sum(parameter.numel() for parameter in model.Transformer(context=CONTEXT).parameters())
+    return LAYERS * {"sleep": 1000 * 1000, "cpu": 1000 * 1001}[kind]
 
 
 def new_workload(kind: str, coordinates: int) -> Workload:

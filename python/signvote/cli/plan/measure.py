@@ -82,11 +82,21 @@ def measure_host() -> Host:
             times.append(time.perf_counter() - start)
         return median(times)
 
+    return host_of(all_reduce)
+
+
+def host_of(all_reduce: Callable[[int, torch.dtype, int], float], coordinates: int = SENT_COORDINATES) -> Host:
+    """What messages cost, by seconds of an all-reduce between two, without a limit of the link's.
+
+    Args:
+        all_reduce: Takes the number of coordinates, their dtype and how often to do it; returns the median.
+        coordinates: Of a large one.
+    """
     # Of the ring between two: four messages, and as many bytes sent as the tensor has, the half of them added. A
     # larger tensor goes in segments of 1 MiB.
     message = all_reduce(4, torch.float32, MANY_ROUNDS) / 4
-    size = 4 * SENT_COORDINATES
-    single = max(0.0, all_reduce(SENT_COORDINATES, torch.float32, FEW_ROUNDS) - size / 2**20 * message)
-    half = max(0.0, all_reduce(SENT_COORDINATES, torch.float16, FEW_ROUNDS) - size / 2**21 * message)
-    added = max(0.0, half - single / 2) / (SENT_COORDINATES / 2)
+    size = 4 * coordinates
+    single = max(0.0, all_reduce(coordinates, torch.float32, FEW_ROUNDS) - size / 2**20 * message)
+    half = max(0.0, all_reduce(coordinates, torch.float16, FEW_ROUNDS) - size / 2**21 * message)
+    added = max(0.0, half - single / 2) / (coordinates / 2)
     return Host(message_seconds=message, byte_seconds=single / size, half_sum_seconds=added)
