@@ -37,7 +37,7 @@ from signvote.optim import SignSGD
 TIMEOUT = timedelta(seconds=60)  # of a collective
 PIECES = 512  # of the held-out text on which a loss is measured
 BLOCK = 5  # steps of a sample: one after the other without a barrier, as in training
-RANK = 4  # of PowerSGD
+RANKS = {"powersgd-1": 1, "powersgd-4": 4}  # of PowerSGD
 # Layers that begin as zeros give others a gradient of zeros in the first step, of which PowerSGD makes NaN.
 PLAIN_STEPS = 10  # of PowerSGD: all-reduces of fp32, before it begins to compress
 MOMENTUM, TOPOLOGY = 0.7, "sharded"  # of the vote, as in the demo
@@ -101,13 +101,13 @@ class Timing:
 
 def new_ddp(method: str, module: nn.Module, seed: int, **options: Any) -> DistributedDataParallel:
     """``module`` under DDP with the method's hook, as its users have it."""
-    if method == "powersgd":
+    if method in RANKS:
         options["bucket_cap_mb"] = ONE_BUCKET_MB  # with more than one it dies over gloo
     ddp = DistributedDataParallel(module, **options)
     if method == "vote":
         attach(ddp, momentum=MOMENTUM, topology=TOPOLOGY, seed=seed)
-    elif method == "powersgd":
-        state = powerSGD_hook.PowerSGDState(dist.group.WORLD, RANK, start_powerSGD_iter=PLAIN_STEPS)
+    elif method in RANKS:
+        state = powerSGD_hook.PowerSGDState(dist.group.WORLD, RANKS[method], start_powerSGD_iter=PLAIN_STEPS)
         ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
     else:
         hook, hook_state = METHODS[method].new_hook(module)
@@ -208,7 +208,7 @@ def take_turns(turns: Turns, corpus: data.Corpus) -> Timing:
             steps[method] = Training(method, corpus, 1e-3, 0, 1_000_000).step
     link_sent = {}
     for method, step in steps.items():
-        steps_seconds(step, PLAIN_STEPS + 2 if method == "powersgd" else 2)  # DDP lays its buckets anew after the first
+        steps_seconds(step, PLAIN_STEPS + 2 if method in RANKS else 2)  # DDP lays its buckets anew after the first
         before = traffic().sent
         steps_seconds(step, BLOCK)
         link_sent[method] = largest(traffic().sent - before)[0] / BLOCK
