@@ -6,13 +6,14 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from signvote.cli import main, plan
-from signvote.cli.plan import measure, units
+from signvote.cli.plan import measure, report, units
 from signvote.cli.plan.advise import WORTHWHILE, Cluster, advise
 from signvote.cli.plan.model import Codec, Compute, Host, Link, ddp_buckets
 from signvote.ddp.options import TOPOLOGIES
@@ -78,6 +79,21 @@ def test_fast_network_is_told_to_stay_with_ddp(capsys: pytest.CaptureFixture[str
     assert "Do not use signvote here: a step would be " in printed
     assert "of this step waiting for the exchange" in printed
     assert "the vote saves 20% of a step or more" in printed
+
+
+@pytest.mark.parametrize("compute", [Compute(0.8), None])
+def test_a_rival_that_always_wins_is_said_to(compute: Compute | None) -> None:
+    # So slow a codec that even a modem's time for one parameter is less.
+    codec = replace(CODEC, pack=100.0)
+    cluster = Cluster([1], 4, "fp32", Link(1e9), codec, HOST, compute)
+    found = advise(cluster, 2)
+    assert found.break_even == {"allreduce": 0.0, "fp16": 0.0}
+    assert found.worthwhile_to == 0.0
+    lines = report.break_even(cluster, found).splitlines()
+    vote = f"the vote ({found.topology})"
+    assert lines[0] == f"fp32 all-reduce over gloo takes no longer than {vote}, at any rate of the link."
+    assert lines[1] == f"fp16_compress_hook over gloo takes no longer than {vote}, at any rate of the link."
+    assert lines[2:] == ([] if compute is None else ["The vote saves less than 20% of a step at any rate of the link."])
 
 
 @pytest.mark.usefixtures("_known_machine")

@@ -60,8 +60,9 @@ class Plan:
         topology: That of the vote with the shortest step.
         rival: The method without signvote that has the shortest step.
         saved: The part of the rival's step that the vote saves; of its exchange alone if the step's time is not known.
-        break_even: For each rival the rate in bits per second from which on it is as fast as the vote, None: none.
-        worthwhile_to: The rate up to which the vote saves enough of a step, None: there is no such limit.
+        break_even: For each rival the rate in bits per second from which on it is as fast as the vote; None: none; 0:
+            it is at every rate.
+        worthwhile_to: The rate up to which the vote saves enough of a step; None: there is no such limit; 0: at none.
         longest_step: Computing seconds of a step up to which the vote saves enough; 0 if it never does.
     """
 

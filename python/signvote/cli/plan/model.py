@@ -378,7 +378,7 @@ def _overlapped(buckets: Sequence[int], before: Sequence[float], beside: Sequenc
 
 
 def break_even(slow: Callable[[Link], float], fast: Callable[[Link], float], link: Link) -> float | None:
-    """The rate in bits per second from which on ``slow`` takes no longer than ``fast``, None if it does at every rate.
+    """The rate in bits per second from which on ``slow`` takes no longer than ``fast``; 0: at every; None: at none.
 
     Args:
         slow, fast: Seconds over a link; ``slow`` sends more and computes less.
@@ -392,6 +392,8 @@ def break_even(slow: Callable[[Link], float], fast: Callable[[Link], float], lin
     low, high = 3.0, 15.0  # a modem, and far beyond any link
     if lead(high) > 0:
         return None
+    if lead(low) <= 0:
+        return 0.0
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if lead(middle) > 0 else (low, middle)

@@ -62,13 +62,16 @@ def table(cluster: Cluster, plan: Plan) -> str:
 def break_even(cluster: Cluster, plan: Plan) -> str:
     lines = []
     for method, rate in plan.break_even.items():
-        what = f"{label(method, cluster)} over gloo"
-        lines.append(
-            f"{what} takes longer than the vote ({plan.topology}) at any rate of the link."
-            if rate is None
-            else f"From {show_rate(rate)} on, {what} takes no longer than the vote ({plan.topology})."
-        )
-    if cluster.compute is not None and plan.worthwhile_to is not None:
+        what, vote = f"{label(method, cluster)} over gloo", f"the vote ({plan.topology})"
+        if rate is None:
+            lines.append(f"{what} takes longer than {vote} at any rate of the link.")
+        elif rate == 0:
+            lines.append(f"{what} takes no longer than {vote}, at any rate of the link.")
+        else:
+            lines.append(f"From {show_rate(rate)} on, {what} takes no longer than {vote}.")
+    if cluster.compute is not None and plan.worthwhile_to == 0:
+        lines.append(f"The vote saves less than {WORTHWHILE:.0%} of a step at any rate of the link.")
+    elif cluster.compute is not None and plan.worthwhile_to is not None:
         lines.append(f"Up to {show_rate(plan.worthwhile_to)}, the vote saves {WORTHWHILE:.0%} of a step or more.")
     return "\n".join(lines)
 
