@@ -72,11 +72,13 @@ def _votes(topology: str, numel: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_bytes_are_those_of_the_hook(ranks: RankPool, topology: str) -> None:
-    world, numel = 3, 10_001
-    sent, received = ranks.run(_votes, topology, numel, world=world)[0]
+@pytest.mark.parametrize("world", [3, 4])
+def test_bytes_are_those_of_the_hook(ranks: RankPool, topology: str, world: int) -> None:
+    numel = 10_001
+    of_rank = ranks.run(_votes, topology, numel, world=world)
     found = predict(topology, [numel], world, GIGABIT, codec=CODEC)
-    assert (found.bytes_sent, found.bytes_received) == (sent, received)
+    assert (found.bytes_sent, found.bytes_received) == of_rank[0]
+    assert sum(sent for sent, _ in of_rank) == sum(received for _, received in of_rank)
 
 
 @given(workers=worlds, numel=st.integers(10**6, 10**9))

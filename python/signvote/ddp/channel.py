@@ -117,7 +117,7 @@ class Channel:
             "broadcast",
             dist.broadcast,
             words,
-            to_others=words.nbytes * (self.size - 1) if self.rank == 0 else 0,
+            to_others=words.nbytes * _copies(self.rank, self.size),
             from_others=0 if self.rank == 0 else words.nbytes,
             src=self._ranks[0],
         )
@@ -142,6 +142,14 @@ class Channel:
         self._traffic.seconds += time.perf_counter() - start
         self._traffic.bytes_sent += to_others
         self._traffic.bytes_received += from_others
+
+
+def _copies(rank: int, size: int) -> int:
+    """To how many ranks this one passes on what rank 0 broadcasts.
+
+    gloo's broadcast is a binomial tree: rank r sends to each r + 2^j < size with 2^j above all bits of r.
+    """
+    return sum(rank + 2**bit < size for bit in range(rank.bit_length(), (size - 1).bit_length()))
 
 
 def _new_gloo_group(parent: dist.ProcessGroup | None, timeout: timedelta | None) -> dist.ProcessGroup:
