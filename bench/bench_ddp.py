@@ -26,17 +26,21 @@ from ddp.methods import METHODS
 from ddp.predictions import with_predictions
 from ddp.results import Job, Measurement, Work
 from signvote.cli.bench.machine import load, machine, versions
+from signvote.cli.bench.measure import MIN_ROUNDS
+from signvote.ddp.options import TOPOLOGIES
 
 WORKERS = (2, 4, 8)
 RATES = ("none", "1gbit", "100mbit")
-SIZES = (100_000, 1_000_000, 26_000_000)
+SIZES = (1_000_000, 26_000_000)
 SECONDS = 3.0  # that the methods of a workload take turns, if their fewest runs do not take longer
-LONGEST_EXCHANGE, LONGEST_STEP = 16.0, 8.0  # seconds; what takes longer by its bytes is skipped
-# Of whole steps; with other numbers of workers than 4 a few only, for the sake of time.
+LONGEST_EXCHANGE, LONGEST_STEP = 14.0, 6.5  # seconds; what takes longer by its bytes is skipped
+ROUNDS = 5  # the fewest; of the bars' figures MIN_ROUNDS
+# Of whole steps; for the sake of time, with other numbers of workers than 4 a few only, and none computed here.
 STEP_METHODS = (
     *("noop", "fp32", "fp16", "powersgd-1", "powersgd-4"),
-    *("sharded/0", "sharded/0.9", "allgather/0.9", "server/0.9"),
+    *("sharded/0", *(f"{topology}/0.9" for topology in TOPOLOGIES)),
 )
+FEW_WORKLOADS = ("exchange", "sleep")
 FEW_STEP_METHODS = ("noop", "fp32", "fp16", "sharded/0.9")
 QUICK_METHODS = ("noop", "fp32", "fp16", "sharded/0", "sharded/0.9")
 
@@ -115,7 +119,8 @@ def parser() -> argparse.ArgumentParser:
         "--longest",
         type=float,
         metavar="S",
-        help="skip what takes longer, by its bytes, for one run [exchange 16, step 8]",
+        help="skip what takes longer, by its bytes, for one run "
+        f"[exchange {LONGEST_EXCHANGE:g}, step {LONGEST_STEP:g}]",
     )
     add("--json", type=Path, metavar="PATH", help="write the results there")
     add("--out", type=Path, metavar="DIR", help="folder for ddp.json and ddp.png [signvote-bench]")
@@ -136,7 +141,7 @@ def launches(options: argparse.Namespace) -> Iterator[Launch]:
         for workers in options.workers or WORKERS:
             step_methods = STEP_METHODS if workers == 4 else FEW_STEP_METHODS
             works = []
-            for kind in options.work or report.WORKLOADS:
+            for kind in options.work or (report.WORKLOADS if workers == 4 else FEW_WORKLOADS):
                 if kind == "exchange":
                     sizes = [int(size) for size in options.size or SIZES]
                     works += [work(options, kind, size, options.method or exchange_methods) for size in sizes]
@@ -147,7 +152,8 @@ def launches(options: argparse.Namespace) -> Iterator[Launch]:
 
 def work(options: argparse.Namespace, kind: str, size: int, methods: Sequence[str]) -> Work:
     longest = LONGEST_EXCHANGE if kind == "exchange" else LONGEST_STEP
-    return Work(kind, size, list(methods), options.seconds, options.longest or longest)
+    rounds = MIN_ROUNDS if options.quick else ROUNDS
+    return Work(kind, size, list(methods), options.seconds, options.longest or longest, rounds)
 
 
 def calibrate() -> Calibration:

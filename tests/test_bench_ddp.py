@@ -92,11 +92,11 @@ def test_predictions_are_those_of_plan_in_the_lab(
 ) -> None:
     monkeypatch.setattr(predictions, "usable_cpus", lambda: 2)
     ours = [measurement("powersgd-1", workload), measurement(method, workload)]
-    noop = measurement("noop", workload, seconds=0.3)
+    noop = measurement("noop", workload, seconds=3.0)
     elsewhere = replace(measurement("noop", workload, seconds=7.0), workers=2)
     rank_1, own = predictions.with_predictions([noop, elsewhere, *ours], CALIBRATION)[2:]
     assert rank_1.predicted is None
-    compute = None if workload == "exchange" else Compute(0.3, on_cpu=workload == "cpu")
+    compute = None if workload == "exchange" else Compute(3.0, on_cpu=workload == "cpu")
     expected = predict(
         name,
         own.buckets,
@@ -160,12 +160,12 @@ def test_what_a_launch_measured_before_it_failed_is_kept(
     [
         ([0.1, 0.1], 10, [10, 10]),
         ([0.001, 0.002], MAX_ROUNDS, [MAX_ROUNDS, MAX_ROUNDS]),
-        ([0.1, 0.3, 2.0, 4.5], 7, [7, 7, 3, 1]),
+        ([0.1, 0.3, 1.2, 4.5], 7, [7, 7, 3, 1]),
         ([], 0, []),
     ],
 )
 def test_slow_methods_take_part_in_fewer_rounds(estimates: list[float], rounds: int, turns: list[int]) -> None:
-    assert schedule(estimates, 2.0) == (rounds, turns)
+    assert schedule(estimates, 2.0, 7) == (rounds, turns)
 
 
 def check(result: str, own: list[float], found: list[float]) -> None:

@@ -15,7 +15,8 @@ from signvote.cli.bench.machine import usable_cpus
 from signvote.cli.plan.model import ddp_buckets
 
 # Seconds of a CPU, roughly: until a rank can begin, until a workload can, and for a step's computation.
-START_SECONDS, NEW_SECONDS, STEP_SECONDS = 3.0, 0.5, 0.06
+START_SECONDS, NEW_SECONDS, STEP_SECONDS = 4.0, 1.5, 0.06
+POWERSGD_PASSES = 3.0  # its time over links without a limit, by that of an all-reduce
 
 
 def launch_seconds(workers: int, rate: str, works: list[Work], calibration: Calibration) -> float:
@@ -35,10 +36,13 @@ def work_seconds(work: Work, workers: int, rate: str, crowd: float, calibration:
             continue
         buckets = [coordinates] if work.kind == "exchange" else ddp_buckets(coordinates)
         one = Measurement(work.kind, coordinates, buckets, workers, rate, name, payload, payload, floor)
-        if method.result == "approximation":  # it passes over all data, as a sum does, and sends little
-            one = replace(one, method="fp32", rate="none")
-        found = predict_one(one, calibration, step)
-        estimates.append(step if found is None else found.step_seconds)
-    _, turns = schedule(estimates, work.seconds)
+        if method.result == "approximation":  # it passes over all data, and sends little
+            found = predict_one(replace(one, method="fp32", rate="none"), calibration, 0.0)
+            assert found is not None
+            estimates.append(step + POWERSGD_PASSES * found.exchange_seconds)
+        else:
+            found = predict_one(one, calibration, step)
+            estimates.append(step if found is None else found.step_seconds)
+    _, turns = schedule(estimates, work.seconds, work.rounds)
     # Once before, when results are checked.
     return crowd * NEW_SECONDS + sum((1 + turn) * one for turn, one in zip(turns, estimates, strict=True))

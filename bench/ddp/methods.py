@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default_hooks, powerSGD_hook
 
 from signvote.ddp import MajorityVoteState, majority_vote_hook
+from signvote.ddp.options import TOPOLOGIES
 from signvote.optim import SignSGD
 
 Hook = Callable[[Any, Any], torch.futures.Future[torch.Tensor]]
@@ -81,7 +82,7 @@ def _power_sgd(rank: int) -> Method:
 
 def _vote(topology: str, momentum: float) -> Method:
     def payload(shapes: Iterable[Shape], workers: int) -> float:
-        rows = ring(workers) if topology == "sharded" else workers - 1
+        rows = workers - 1 if topology in ("allgather", "server") else ring(workers)
         return rows * coordinates(shapes) / 8
 
     def new_hook(module: nn.Module) -> tuple[Hook, Any]:
@@ -102,6 +103,6 @@ METHODS = {
         _all_reduce("fp16", default_hooks.fp16_compress_hook, 2),
         _power_sgd(1),
         _power_sgd(4),
-        *(_vote(topology, momentum) for topology in ("sharded", "allgather", "server") for momentum in (0.0, 0.9)),
+        *(_vote(topology, momentum) for topology in TOPOLOGIES for momentum in (0.0, 0.9)),
     )
 }

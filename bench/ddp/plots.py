@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ddp.report import WORKLOADS
 from ddp.results import Measurement
+from signvote.ddp.options import TOPOLOGIES
 
 COLOURS = {
     "noop": "black",
@@ -18,7 +19,7 @@ COLOURS = {
     "powersgd-1": "tab:purple",
     "powersgd-4": "tab:pink",
 }
-VOTES = {"sharded": "tab:blue", "allgather": "tab:green", "server": "tab:cyan"}
+VOTES = dict(zip(TOPOLOGIES, ("tab:blue", "tab:green", "tab:cyan", "tab:olive"), strict=False))
 
 
 def write(path: Path, measurements: Sequence[Measurement], machine: str) -> None:

@@ -22,6 +22,7 @@ class Work:
         coordinates: Of the exchange; the others have their own.
         seconds: About how long they take turns.
         longest: Seconds that one run of a method may take, by its payload and the links' rate; others are skipped.
+        rounds: The fewest in which the fastest of them take part.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Work:
     methods: list[str]
     seconds: float
     longest: float
+    rounds: int
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from ddp.results import Job, Measurement, Work
 from ddp.workloads import Workload, new_workload
 from signvote.cli.bench.measure import (
     MAX_ROUNDS,
-    MIN_ROUNDS,
     MIN_SAMPLES,
     SLOW,
     Contender,
@@ -34,7 +33,7 @@ from signvote.cli.bench.measure import (
 from signvote.ddp import VoteStats
 
 TIMEOUT = timedelta(seconds=60)  # of a collective
-LONG_SECONDS = 4.0  # a run that takes longer is not repeated more than it must be
+LONG_SECONDS = 1.5  # a run that takes longer is not repeated more than it must be
 WINDOW = 64  # coordinates of each gradient that are compared with a reference
 WINDOWS = 33  # more than twice as many as the most workers
 ALTERNATIVES = ("fp32", "fp16", "powersgd-1", "powersgd-4")
@@ -71,7 +70,7 @@ def measure(work: Work, job: Job) -> list[Measurement]:
             runners.append(Runner(method, workload, own, begun))
         else:
             skipped.append(begun)
-    take_turns(runners, work.seconds)
+    take_turns(runners, work)
     contenders = {runner.method.name: runner.contender for runner in runners}
     return [*(runner.measurement(contenders) for runner in runners), *skipped]
 
@@ -171,22 +170,22 @@ class Runner:
         return dict(zip(PHASES, largest(*seconds), strict=True))
 
 
-def schedule(estimates: Sequence[float], seconds: float) -> tuple[int, list[int]]:
+def schedule(estimates: Sequence[float], seconds: float, fewest: int) -> tuple[int, list[int]]:
     """How many rounds, and in how many of them each takes part, whose runs take about ``estimates``."""
     if not estimates:
         return 0, []
     slow = SLOW * min(estimates)
     rounds = int(seconds / sum(min(estimate, slow) for estimate in estimates))
-    rounds = min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)
+    rounds = min(max(rounds, fewest), MAX_ROUNDS)
     return rounds, [
         1 if estimate > LONG_SECONDS else min(rounds, max(MIN_SAMPLES, int(rounds * slow / estimate)))
         for estimate in estimates
     ]
 
 
-def take_turns(runners: Sequence[Runner], seconds: float) -> None:
-    """Fill the samples of all, in about ``seconds`` or the least number of rounds: see measure.py for the constants."""
-    rounds, turns = schedule([runner.estimate for runner in runners], seconds)
+def take_turns(runners: Sequence[Runner], work: Work) -> None:
+    """Fill the samples of all, in about ``work.seconds`` or the fewest rounds: see measure.py for the constants."""
+    rounds, turns = schedule([runner.estimate for runner in runners], work.seconds, work.rounds)
     for turn in range(rounds):
         for k in range(len(runners)):
             i = (k + turn) % len(runners)
