@@ -77,9 +77,7 @@ CALIBRATION = Calibration({0.0: CODEC, 0.9: replace(CODEC, pack=0.8e-9)}, Host(m
 
 def measurement(method: str, workload: str = "exchange", seconds: float = 0.1, workers: int = 4) -> Measurement:
     spread = Spread(seconds, 0.9 * seconds, 1.1 * seconds)
-    return Measurement(
-        workload, 10**7, [4 * 10**6, 6 * 10**6], workers, "1gbit", method, 1.0, 1.0, None, seconds=spread
-    )
+    return Measurement(workload, 10**7, [10**6] * 10, workers, "1gbit", method, 1.0, 1.0, None, seconds=spread)
 
 
 @pytest.mark.parametrize("workload", ["exchange", "sleep", "cpu"])
@@ -151,7 +149,7 @@ def test_what_a_launch_measured_before_it_failed_is_kept(
     assert bench_ddp.main(["--workers", "4", "--rate", "1gbit", "--json", str(tmp_path / "some.json")]) == 1
     printed = capsys.readouterr()
     assert printed.err.splitlines()[0] == "bench_ddp: not done after 900 seconds"
-    assert "exchange of one bucket, 10,000,000 coordinates in 2 buckets, M=4, 1gbit\n  fp32" in printed.out
+    assert "exchange of one bucket, 10,000,000 coordinates in 10 buckets, M=4, 1gbit\n  fp32" in printed.out
     assert [one.method for one in results.read(tmp_path / "some.json")] == ["fp32"]
 
 
