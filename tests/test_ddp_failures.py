@@ -157,7 +157,7 @@ def majority_vote_on(state: MajorityVoteState, model: nn.Module) -> None:
         ("nonfinite", "ignore", 'nonfinite: "propagate" on ranks 0, 2, "ignore" on rank 1'),
         ("seed", 5, "seed: 0 on ranks 0, 2, 5 on rank 1"),
         ("numel", 6, "numel of bucket 0: 40 on ranks 0, 2, 48 on rank 1"),
-        ("wire version", 99, "wire version: 1 on ranks 0, 2, 99 on rank 1"),
+        ("wire version", 99, "wire version: 2 on ranks 0, 2, 99 on rank 1"),
         ("step", 12, "step: 1 on ranks 0, 2, 13 on rank 1"),
     ],
 )

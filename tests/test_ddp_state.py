@@ -311,7 +311,7 @@ def _agreement_bytes(outcomes: list[Any], topology: str) -> int:
     total = 0
     for step_ in (0, 1):
         description = {
-            "wire version": 1,
+            "wire version": 2,
             "world size": 3,
             **MajorityVoteState(topology=topology, momentum=0.0).options.as_dict(),
             "step": step_,
@@ -446,7 +446,7 @@ def held_memory(topology: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("topology", "bits"), [("sharded", [3 + 1 / 3] * 3), ("allgather", [5.0] * 3), ("server", [6.0, 2.0, 2.0])]
+    ("topology", "bits"), [("sharded", [3.0] * 3), ("allgather", [5.0] * 3), ("server", [6.0, 2.0, 2.0])]
 )
 def test_holds_the_memory_that_its_docstring_says(ranks: RankPool, topology: str, bits: list[float]) -> None:
     assert ranks.run(held_memory, topology, world=3) == pytest.approx([2e6 * of_rank / 8 for of_rank in bits], rel=1e-3)

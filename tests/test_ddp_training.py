@@ -1,7 +1,9 @@
 """The hook on real gloo ranks equals the single-process simulation, bit for bit and from the first step on."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
@@ -94,6 +96,32 @@ def test_replicas_stay_identical_with_each_feature(ranks: RankPool, feature: str
     outcomes = ranks.run(train, job, world=world)
     assert len({outcome.digest for outcome in outcomes}) == 1
     assert all(outcome.stats["steps"] >= 100 - rank * job.uneven for rank, outcome in enumerate(outcomes))
+
+
+def calls_of_a_vote(topology: str) -> list[str]:
+    """What is asked of gloo on one bucket, in order."""
+    calls = []
+
+    def recording(name: str) -> Callable[..., dist.Work]:
+        call = getattr(dist.ProcessGroup, name)
+
+        def recorded(*arguments: Any) -> dist.Work:
+            calls.append(name)
+            return call(*arguments)
+
+        return recorded
+
+    with mock.patch.multiple(dist.ProcessGroup, recv=recording("recv"), send=recording("send")):
+        train(Job(steps=1, options={"topology": topology}))
+    return calls
+
+
+@pytest.mark.parametrize(("topology", "swaps"), [("sharded", 2), ("allgather", 1)])
+def test_receives_are_posted_before_sends(ranks: RankPool, topology: str, swaps: int) -> None:
+    """gloo asks for a message behind what it sends on the same connection: the directions would take turns."""
+    world = 3
+    for calls in ranks.run(calls_of_a_vote, topology, world=world):
+        assert calls == ([*["recv"] * (world - 1), *["send"] * (world - 1)] * swaps)
 
 
 def train_on_another_cpu() -> str:

@@ -13,8 +13,8 @@ import torch
 
 from signvote.ddp.channel import Channel
 
-#: Raised whenever the words, the layout or the trailer of a message change their meaning.
-WIRE_VERSION = 1
+#: Raised whenever the words, the layout or the trailer of a message change their meaning, or the way that it takes.
+WIRE_VERSION = 2
 
 _MAX_DESCRIPTION_BYTES = 1 << 16
 

@@ -3,6 +3,10 @@
 torch's collectives match by order alone. If two ranks issue theirs in different orders, or share a group with someone
 else's, they hang or swap data. So a state has its own group, and one thread issues every collective on it, first in
 first out, in DDP's bucket order.
+
+Where all ranks have something for all others, messages take the place of gloo's collectives: its all_to_all posts each
+send before the receive on the same connection, so that the two directions of a link take turns, and its all_gather is a
+ring of M - 1 rounds. Here a rank posts its receives first, and then sends to all others at once.
 """
 
 import time
@@ -46,6 +50,8 @@ class Channel:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._ranks = dist.get_process_group_ranks(group)
+        # Beginning with the next one: not all send to the same rank first.
+        self._others = [(self.rank + distance) % self.size for distance in range(1, self.size)]
         self._traffic = traffic
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="signvote")
         self._last: Future[None] | None = None
@@ -72,10 +78,20 @@ class Channel:
         if group is not None:
             dist.destroy_process_group(group)
 
-    def all_to_all(self, received: torch.Tensor, sent: torch.Tensor) -> None:
-        """Row k of ``sent`` goes to rank k; row m of ``received`` comes from rank m."""
+    def swap(self, name: str, received: torch.Tensor, sent: torch.Tensor) -> None:
+        """Row m of ``sent`` goes to rank m, row m of ``received`` comes from it. ``name`` is for errors."""
+
+        tag = 0  # messages between two ranks arrive in the order in which they were sent
+
+        def messages(group: dist.ProcessGroup) -> None:
+            arriving = [group.recv([received[rank]], rank, tag) for rank in self._others]
+            leaving = [group.send([sent[rank]], rank, tag) for rank in self._others]
+            received[self.rank] = sent[self.rank]
+            for work in arriving + leaving:
+                work.wait()
+
         others = sent.nbytes // self.size * (self.size - 1)
-        self._run("all_to_all", dist.all_to_all_single, received, sent, to_others=others, from_others=others)
+        self._run(name, messages, to_others=others, from_others=others)
 
     def all_gather(self, received: torch.Tensor, sent: torch.Tensor) -> None:
         """Row m of ``received`` is what rank m sent."""

@@ -47,7 +47,7 @@ class MajorityVoteState:
     where all ranks check that their options agree. It can be pickled; a ``process_group`` must then be given anew.
 
     Memory per coordinate: 4 bytes of momentum (8 for float64, none with ``momentum=0.0``) and, for messages between M
-    ranks, 3 + 1/M bits if ``"sharded"``, M + 2 bits if ``"allgather"``, and if ``"server"`` 2 bits, on rank 0 two more
+    ranks, 3 bits if ``"sharded"``, M + 2 bits if ``"allgather"``, and if ``"server"`` 2 bits, on rank 0 two more
     and as many as M has in base 2. From the second step on nothing of that size is allocated, apart from what gloo
     itself needs for a collective.
 

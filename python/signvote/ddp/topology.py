@@ -50,13 +50,13 @@ class Sharded:
         self.shard: int | None = rank
         self.sent = layout.new_message()
         self.received = layout.new_message(size)
-        self.voted = layout.new_message(1)
         self.result = layout.new_message()
 
     def run(self, channel: Channel, voter: Voter) -> None:
-        channel.all_to_all(self.received, self.sent)
-        voter.vote(self.received, self.voted)
-        channel.all_gather(self.result, self.voted)
+        channel.swap("all_to_all", self.received, self.sent)
+        own = self.result[channel.rank : channel.rank + 1]
+        voter.vote(self.received, own)
+        channel.swap("all_gather", self.result, own.expand_as(self.result))
 
 
 class AllGather:
@@ -69,7 +69,7 @@ class AllGather:
         self.result = layout.new_message()
 
     def run(self, channel: Channel, voter: Voter) -> None:
-        channel.all_gather(self.received, self.sent)
+        channel.swap("all_gather", self.received, self.sent.expand_as(self.received))
         voter.vote(self.received, self.result)
 
 
