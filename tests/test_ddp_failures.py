@@ -154,6 +154,7 @@ def majority_vote_on(state: MajorityVoteState, model: nn.Module) -> None:
         ("ties", "negative", 'ties: "coin" on ranks 0, 2, "negative" on rank 1'),
         ("scale", 2.0, "scale: 1.0 on ranks 0, 2, 2.0 on rank 1"),
         ("topology", "allgather", 'topology: "sharded" on ranks 0, 2, "allgather" on rank 1'),
+        ("topology", "auto", 'topology: "sharded" on ranks 0, 2, "auto" on rank 1'),
         ("nonfinite", "ignore", 'nonfinite: "propagate" on ranks 0, 2, "ignore" on rank 1'),
         ("seed", 5, "seed: 0 on ranks 0, 2, 5 on rank 1"),
         ("numel", 6, "numel of bucket 0: 40 on ranks 0, 2, 48 on rank 1"),

@@ -330,7 +330,7 @@ def message_bytes(topology: str, numels: list[int], world: int, rank: int) -> tu
         row = 8 * -(-blocks // world) + 16
         return 2 * (world - 1) * row, 2 * (world - 1) * row
     row = 8 * blocks + 16
-    if topology == "allgather" or rank == 0:
+    if topology in ("allgather", "auto") or rank == 0:
         return (world - 1) * row, (world - 1) * row
     return row, row
 
@@ -446,10 +446,19 @@ def held_memory(topology: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("topology", "bits"), [("sharded", [3.0] * 3), ("allgather", [5.0] * 3), ("server", [6.0, 2.0, 2.0])]
+    ("topology", "bits"),
+    [
+        ("sharded", [3.0] * 3),
+        ("allgather", [5.0] * 3),
+        ("server", [6.0, 2.0, 2.0]),
+        ("auto", [4.0] * 2),
+        ("auto", [3.0] * 3),
+    ],
 )
 def test_holds_the_memory_that_its_docstring_says(ranks: RankPool, topology: str, bits: list[float]) -> None:
-    assert ranks.run(held_memory, topology, world=3) == pytest.approx([2e6 * of_rank / 8 for of_rank in bits], rel=1e-3)
+    assert ranks.run(held_memory, topology, world=len(bits)) == pytest.approx(
+        [2e6 * of_rank / 8 for of_rank in bits], rel=1e-3
+    )
 
 
 def test_tie_rate_is_that_of_the_simulation(ranks: RankPool) -> None:
@@ -497,7 +506,7 @@ def test_a_hook_that_is_never_called_can_be_told(ranks: RankPool) -> None:
         ("momentum", float("nan"), "momentum: expected a number in"),
         ("zeros", "zero", "zeros: expected one of 'coin', 'positive', 'negative', got 'zero'"),
         ("ties", "zero", "ties: expected one of"),
-        ("topology", "ring", "topology: expected one of 'sharded', 'allgather', 'server', got 'ring'"),
+        ("topology", "ring", "topology: expected one of 'sharded', 'allgather', 'server', 'auto', got 'ring'"),
         ("nonfinite", "hide", "nonfinite: expected one of"),
         ("scale", 0.0, "scale: expected a finite number above 0"),
         ("scale", float("inf"), "scale: expected a finite number above 0"),

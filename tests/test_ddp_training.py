@@ -18,6 +18,7 @@ from ranks import RankPool
 from signvote.ddp import MajorityVoteState
 from signvote.ddp.layout import FIRST, NUMEL, PLACE, WORD, BucketLayout
 from signvote.ddp.options import TOPOLOGIES
+from signvote.ddp.topology import chosen
 from signvote.ddp.trailer import TRAILER_WORDS
 
 TINY_BUCKETS = {"bucket_cap_mb": 1e-5}  # one parameter each, once DDP has rebuilt its buckets
@@ -124,6 +125,24 @@ def test_receives_are_posted_before_sends(ranks: RankPool, topology: str, swaps:
         assert calls == ([*["recv"] * (world - 1), *["send"] * (world - 1)] * swaps)
 
 
+@pytest.mark.parametrize("size", [3, 4, 8, 64, 1024])
+def test_auto_gathers_where_that_sends_little_more(size: int) -> None:
+    more = (size - 1) / 8 - 2 * (size - 1) / size / 8  # bytes per coordinate
+    largest = round(16 * 1024 / more)
+    assert [chosen("auto", numel, size) for numel in (1, largest - 1, largest + 1, 10**9)] == (
+        ["allgather"] * 2 + ["sharded"] * 2
+    )
+
+
+def test_auto_gathers_between_two() -> None:
+    assert chosen("auto", 10**9, 2) == chosen("auto", 1, 2) == chosen("auto", 1, 1) == "allgather"
+
+
+@pytest.mark.parametrize("topology", ["sharded", "allgather", "server"])
+def test_a_topology_that_was_named_is_taken(topology: str) -> None:
+    assert chosen(topology, 1, 2) == chosen(topology, 10**9, 8) == topology
+
+
 def train_on_another_cpu() -> str:
     """Each rank has other kernels, as on CPUs of different kinds."""
     names = signvote.implementations()
@@ -137,7 +156,7 @@ def test_cpus_of_different_kinds_give_the_same_bits(ranks: RankPool) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_replicas_stay_identical(ranks: RankPool, world: int) -> None:
-    """Over 300 steps of one bucket, and the three topologies train to the same bits."""
+    """Over 300 steps of one bucket, and all topologies train to the same bits."""
     digests = set()
     for topology in TOPOLOGIES:
         job = Job("rows", steps=300, options={"topology": topology}, record=False)

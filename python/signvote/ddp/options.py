@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-TOPOLOGIES = ("sharded", "allgather", "server")
+TOPOLOGIES = ("sharded", "allgather", "server", "auto")
 UNDECIDED = ("coin", "positive", "negative")
 NONFINITE = ("propagate", "raise", "ignore")
 

@@ -17,7 +17,7 @@ from signvote.ddp.layout import BucketLayout
 from signvote.ddp.momentum import MomentumByPlace
 from signvote.ddp.options import VoteOptions
 from signvote.ddp.stats import Counters, Traffic, VoteStats
-from signvote.ddp.topology import Exchange, new_exchange, num_shards
+from signvote.ddp.topology import Exchange, chosen, new_exchange, num_shards
 from signvote.ddp.trailer import TRAILER_WORDS
 
 
@@ -63,7 +63,9 @@ class MajorityVoteState:
             ``"negative"``.
         scale: The gradient that comes out is ±scale.
         topology: ``"sharded"`` (every rank is the server of one shard), ``"allgather"`` (every rank votes on
-            everything) or ``"server"`` (rank 0 is the server). All give the same bits.
+            everything), ``"server"`` (rank 0 is the server) or ``"auto"`` (``"allgather"`` between two ranks, and for
+            buckets so small that a rank sends at most 16 KiB more than if ``"sharded"``, because it has one phase and
+            not two; otherwise ``"sharded"``). All give the same bits.
         nonfinite: What a NaN or inf on any rank does: ``"propagate"`` fills the bucket with NaN on all ranks, which
             is what ``GradScaler`` looks for; ``"raise"`` raises on all ranks; ``"ignore"`` votes on.
         seed: Seed of the coins.
@@ -217,13 +219,10 @@ class MajorityVoteState:
 
     def _new_plan(self, channel: Channel, parameters: list[torch.Tensor], dtype: torch.dtype) -> BucketPlan:
         places = [self._place(parameter) for parameter in parameters]
-        layout = BucketLayout(
-            [parameter.numel() for parameter in parameters],
-            places,
-            num_shards(self.options.topology, channel.size),
-            TRAILER_WORDS,
-        )
-        exchange = new_exchange(self.options.topology, layout, channel.rank, channel.size)
+        numels = [parameter.numel() for parameter in parameters]
+        topology = chosen(self.options.topology, sum(numels), channel.size)
+        layout = BucketLayout(numels, places, num_shards(topology, channel.size), TRAILER_WORDS)
+        exchange = new_exchange(topology, layout, channel.rank, channel.size)
         return BucketPlan(
             parameters=parameters,
             dtype=dtype,

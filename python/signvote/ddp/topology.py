@@ -1,4 +1,4 @@
-"""Who sends which bits to whom. All three give every rank the same result, bit for bit."""
+"""Who sends which bits to whom. All of them give every rank the same result, bit for bit."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -98,6 +98,22 @@ class Server:
                 self.trailers[rank] = message[-TRAILER_WORDS:]
             voter.decide(self.tally, self.trailers, self.result)
         channel.broadcast(self.result)
+
+
+#: ``"auto"`` sends this much more at most to save a phase: 1.3 ms at 100 Mb/s.
+MORE_BYTES = 16 * 1024
+
+
+def chosen(topology: str, numel: int, size: int) -> str:
+    """The topology of a bucket of ``numel`` coordinates among ``size`` ranks, which are the same on all of them.
+
+    That of ``"auto"`` is ``"allgather"`` where a rank then sends no more, or MORE_BYTES more at most: it has one phase
+    where ``"sharded"`` has two. So it is for two ranks, and for small buckets.
+    """
+    if topology != "auto":
+        return topology
+    more = (size - 1) * (size - 2) * numel / (8 * size)  # of M - 1 and 2·(M - 1)/M bits per coordinate
+    return "allgather" if more <= MORE_BYTES else "sharded"
 
 
 def num_shards(topology: str, size: int) -> int:
