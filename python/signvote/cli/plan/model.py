@@ -5,11 +5,8 @@ pytorch/gloo):
 
 - all-reduce, ``gloo/allreduce.cc``: a ring, 2·(M - 1) rounds, the first half of which also adds. In each round a worker
   passes on 1/M of the bucket, cut into at least two segments of at most 1 MiB, of which two are in flight.
-- all_gather, ``gloo/allgather.cc``: a ring, M - 1 rounds, each worker's part in two halves.
-- all_to_all, ``gloo/alltoall.cc``: M - 1 messages, all begun at once. Each is sent before the one from the same worker
-  is asked for, and that request waits behind the data on the same connection: of two workers, the one that comes
-  later sends first, and the other after it. So the two directions take turns, also where the link is full-duplex. For
-  M = 2 the ring's all_gather has the same connection both ways, and every second message waits.
+- swap, signvote/ddp/channel.py: what "sharded" (twice) and "allgather" (once) are made of. M - 1 messages, of which all
+  are asked for at once and then sent at once, both directions of a link at the same time.
 - broadcast, ``gloo/broadcast.cc``: a binomial tree, in which a worker begins to send to all its children at once.
 - A message begins when its receiver has asked for it (``gloo/transport/tcp/pair.cc``).
 
@@ -25,6 +22,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from signvote.ddp.options import TOPOLOGIES
+from signvote.ddp.topology import chosen
 from signvote.ddp.trailer import TRAILER_WORDS
 
 #: Ways to exchange: DDP without a hook, torch's fp16_compress_hook, and the vote in each topology.
@@ -38,9 +36,6 @@ _BLOCK = 64  # coordinates, 8 bytes: what a shard is made of, see signvote.ddp.l
 _BLOCK_BYTES = 8
 _TRAILER_BYTES = 4 * TRAILER_WORDS
 _SEGMENT_BYTES = 2**20  # kMaxSegmentSize in gloo/allreduce.h
-# all_to_all's time against that of one direction: 2 if all pairs take turns, but workers that begin in the same moment
-# do not. Measured with 26 million coordinates at 100 Mb/s: 1.67 for 4 workers, 1.51 for 8.
-_TURNS = 1.6
 
 
 @dataclass(frozen=True)
@@ -230,7 +225,6 @@ class _Phase:
         size: Bytes of one.
         latencies: How often the link's latency is waited for.
         together: All workers send and receive at the same time. Otherwise the link is used in one direction only.
-        turns: Time that the link needs, measured by that of one direction alone.
         work: Seconds of computing for each message, while the next one is under way.
     """
 
@@ -238,11 +232,10 @@ class _Phase:
     size: float
     latencies: float
     together: bool = True
-    turns: float = 1.0
     work: float = 0.0
 
     def seconds(self, link: Link, host: Host) -> float:
-        turns = self.turns if link.full_duplex or not self.together else 2.0
+        turns = 1.0 if link.full_duplex or not self.together else 2.0
         paid = max(0.0, self.size - link.burst_bytes / max(1, self.messages))
         each = max(turns * link.seconds(paid), host.seconds(self.size, self.together) + self.work)
         return self.latencies * link.latency_seconds + self.messages * each
@@ -251,9 +244,9 @@ class _Phase:
         return self.messages * (host.cpu_seconds(self.size) + self.work)
 
 
-def _ring_all_gather(size: int, workers: int) -> list[_Phase]:
-    turns = 1.5 if workers == 2 else 1.0
-    return [_Phase(2 * (workers - 1), size / 2, workers - 1, turns=turns)]
+def _swap(size: int, workers: int) -> list[_Phase]:
+    """Two latencies: the request and the message."""
+    return [_Phase(workers - 1, size, 2)]
 
 
 def _ring_all_reduce(size: int, workers: int, sum_seconds: float) -> list[_Phase]:
@@ -266,11 +259,6 @@ def _ring_all_reduce(size: int, workers: int, sum_seconds: float) -> list[_Phase
         _Phase(messages, each, workers - 1, work=sum_seconds * each),
         _Phase(messages, each, workers - 1),
     ]
-
-
-def _all_to_all(size: int, workers: int) -> list[_Phase]:
-    """Two latencies: the request and the message."""
-    return [_Phase(workers - 1, size, 2, turns=2.0 if workers == 2 else _TURNS)]
 
 
 def _gather_in_turn(size: int, workers: int, work: float) -> list[_Phase]:
@@ -335,17 +323,18 @@ def _all_reduce(numel: int, workers: int, element_bytes: int, host: Host, casts:
 
 
 def _vote(topology: str, numel: int, workers: int, codec: Codec) -> _Exchange:
+    topology = chosen(topology, numel, workers)
     others = workers - 1
     row = row_bytes(numel, workers if topology == "sharded" else 1)
     if topology == "sharded":
         sent = received = 2 * others * row
-        messages = 3 * others
-        phases = _all_to_all(row, workers) + _ring_all_gather(row, workers)
+        messages = 2 * others
+        phases = 2 * _swap(row, workers)
         counting = numel * codec.vote  # M votes on a shard
     elif topology == "allgather":
         sent = received = others * row
-        messages = 2 * others
-        phases = _ring_all_gather(row, workers)
+        messages = others
+        phases = _swap(row, workers)
         counting = numel * workers * codec.vote
     else:
         sent, received = _depth(workers) * row, others * row
@@ -401,13 +390,13 @@ def break_even(slow: Callable[[Link], float], fast: Callable[[Link], float], lin
 
 
 def crowded_from(coordinates: int, link: Link, host: Host) -> float:
-    """From how many workers on a message of all_gather in the sharded exchange takes the host longer than the link.
+    """From how many workers on a message of the sharded exchange takes the host longer than the link.
 
-    It has d/(16·M) bytes, half a shard; each of them takes the link and the host its time, and the message takes the
+    It has d/(8·M) bytes, a shard; each of them takes the link and the host its time, and the message takes the
     host ``message_seconds`` besides. Beyond this, an exchange takes longer with every worker, however fast the link.
 
     Args:
         coordinates: d, of the bucket.
     """
-    each = coordinates / 16
+    each = coordinates / 8
     return max(0.0, link.seconds(each) - host.byte_seconds * each) / host.message_seconds

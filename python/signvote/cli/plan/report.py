@@ -118,7 +118,7 @@ def several(cluster: Cluster, plans: Sequence[Plan]) -> str:
     if crowd >= 2:
         lines.append(
             f"From about {crowd:,.0f} workers on, a message of the largest bucket's sharded exchange "
-            f"({largest / 16 / crowd / 1e3:,.1f} kB) costs the host more than the link."
+            f"({largest / 8 / crowd / 1e3:,.1f} kB) costs the host more than the link."
         )
     else:
         lines.append("Messages of the sharded exchange cost the hosts more than the link, with any number of workers.")
