@@ -10,6 +10,8 @@ constexpr size_t kBlock = 64;
 constexpr size_t kWords = 2 * Words::kCount;    // 32-bit words to a register
 constexpr size_t kGroupBlocks = Words::kCount;  // blocks whose words, or coins, fill a register
 constexpr size_t kGroup = kGroupBlocks * kBlock;
+// With one lane to a register it is the compiler that makes SIMD code: of the loops over a block, not of a group's.
+constexpr bool kHasGroups = kGroupBlocks > 1;
 
 template <DType kDType>
 struct Format;

@@ -120,7 +120,8 @@ SIGNVOTE_FLATTEN PackCounts pack_with(const MomentumRule<kDType, kSendsKept>& ru
                                       uint64_t coins, uint32_t* words) {
   PackCounts counts{0, 0};
   Zeros found;
-  for (; numel >= kGroup; numel -= kGroup, gradient += kGroup, m += kGroup, words += kWords, coins += kGroupBlocks) {
+  for (; kHasGroups && numel >= kGroup;
+       numel -= kGroup, gradient += kGroup, m += kGroup, words += kWords, coins += kGroupBlocks) {
     rule.pack_group(gradient, m, zeros, coins, words, found, counts);
   }
   for (; numel >= kBlock; numel -= kBlock, gradient += kBlock, m += kBlock, words += 2, ++coins) {

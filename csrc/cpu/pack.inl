@@ -121,7 +121,7 @@ SIGNVOTE_FLATTEN PackCounts pack_signs(const void* data, size_t numel, Undecided
   const U* x = static_cast<const U*>(data);
   PackCounts counts{0, 0};
   Zeros found;
-  for (; numel >= kGroup; numel -= kGroup, x += kGroup, words += kWords, coins += kGroupBlocks) {
+  for (; kHasGroups && numel >= kGroup; numel -= kGroup, x += kGroup, words += kWords, coins += kGroupBlocks) {
     pack_group<kDType>(x, zeros, coins, words, found, counts);
   }
   for (; numel >= kBlock; numel -= kBlock, x += kBlock, words += 2, ++coins) {
