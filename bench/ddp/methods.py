@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import debugging_hooks, default
 
 from signvote.ddp import MajorityVoteState, majority_vote_hook
 from signvote.ddp.options import TOPOLOGIES
+from signvote.ddp.topology import chosen
 from signvote.optim import SignSGD
 
 Hook = Callable[[Any, Any], torch.futures.Future[torch.Tensor]]
@@ -82,8 +83,8 @@ def _power_sgd(rank: int) -> Method:
 
 def _vote(topology: str, momentum: float) -> Method:
     def payload(shapes: Iterable[Shape], workers: int) -> float:
-        rows = workers - 1 if topology in ("allgather", "server") else ring(workers)
-        return rows * coordinates(shapes) / 8
+        numel = coordinates(shapes)
+        return (ring(workers) if chosen(topology, numel, workers) == "sharded" else workers - 1) * numel / 8
 
     def new_hook(module: nn.Module) -> tuple[Hook, Any]:
         state = MajorityVoteState(momentum=momentum, topology=topology)

@@ -308,7 +308,10 @@ class _Exchange:
     def seconds(self, link: Link, host: Host) -> float:
         """On the thread that exchanges."""
         computing = host.codec_slowdown * (self.between + self.after)
-        return sum(phase.seconds(link, host) for phase in self.phases) + computing
+        # The link has no pause within an exchange, after which its token bucket would be full again.
+        steady = replace(link, burst_bytes=0.0)
+        links = [link, *(steady for _ in self.phases[1:])]
+        return sum(phase.seconds(one, host) for phase, one in zip(self.phases, links, strict=True)) + computing
 
     def cpu_seconds(self, host: Host) -> float:
         """Of the CPUs, for what that thread does."""
