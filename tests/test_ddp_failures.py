@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -234,9 +235,32 @@ def test_a_lost_rank_is_named_and_nobody_hangs(ranks: RankPool, topology: str, h
         text, seconds = outcomes[rank]
         where = f"signvote: rank {rank}, step {at_step}, bucket 0: "
         assert where in text
-        phases = ("agreement: all_gather",) if at_step == 1 else ("all_to_all", "all_gather", "gather", "broadcast")
+        exchanges = ("exchange of signs", "exchange of votes", "gather", "broadcast")
+        phases = ("agreement: all_gather",) if at_step == 1 else exchanges
         assert text.split(where)[1].startswith(phases)
         assert seconds < 3.5
+
+
+def abort_receives(topology: str) -> str:
+    """gloo's wait() returns False for a message that was aborted, and does not raise."""
+    aborted = mock.Mock(wait=lambda: False)
+    ddp, _, _ = build(Job(options={"topology": topology, "timeout": timedelta(seconds=1)}))
+    ddp(torch.ones(2, 7)).sum().backward()
+    with mock.patch.object(dist.ProcessGroup, "recv", return_value=aborted):
+        try:
+            ddp(torch.ones(2, 7)).sum().backward()
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("topology", "name"),
+    [("sharded", "exchange of signs"), ("allgather", "exchange of signs"), ("server", "gather")],
+)
+def test_an_aborted_message_raises(ranks: RankPool, topology: str, name: str) -> None:
+    text = ranks.run(abort_receives, topology, world=2)[0]
+    assert f"rank 0, step 2, bucket 0: {name}: a message was aborted" in text
 
 
 def lose_a_rank_within_the_groups_timeout() -> str:
@@ -253,7 +277,7 @@ def lose_a_rank_within_the_groups_timeout() -> str:
         time.sleep(2.5)
         return ""
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match="rank 0, step 3, bucket 0: all_to_all"):
+    with pytest.raises(RuntimeError, match="rank 0, step 3, bucket 0: exchange of signs"):
         ddp(x).sum().backward()
     assert time.monotonic() - start < 2.5
     return "raised"
@@ -342,7 +366,7 @@ def fail_in_worker() -> list[str]:
 def test_an_error_in_the_worker_reaches_the_caller_of_backward(ranks: RankPool) -> None:
     texts = ranks.run(fail_in_worker, world=2)
     assert all("rank 1, step 1, bucket 0: the vote broke for a test" in text for text in texts[1])
-    assert "rank 0, step 1, bucket 0: all_gather" in texts[0][0]
+    assert "rank 0, step 1, bucket 0: exchange of votes" in texts[0][0]
     assert len(texts[0]) == len(texts[1]) == 2  # a state that failed once stays failed: ranks may be out of step
 
 

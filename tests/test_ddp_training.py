@@ -67,7 +67,7 @@ def check_against_simulation(job: Job, outcomes: list[Outcome]) -> None:
     assert len({outcome.digest for outcome in outcomes}) == 1
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("topology", ["sharded", "allgather", "server"])
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("world", [2, 3])
 def test_equals_simulation(ranks: RankPool, feature: str, topology: str, world: int) -> None:
@@ -79,6 +79,36 @@ def test_equals_simulation(ranks: RankPool, feature: str, topology: str, world: 
         assert outcomes[0].buckets == set(range(len(parameter_names(job.model))))
 
 
+def train_where_auto_mixes(job: Job) -> tuple[Outcome, list[set[str]]]:
+    """Also returns the exchanges of each step: buckets of up to 24 coordinates among 3 ranks, 10 among 4, gather."""
+    exchanges: list[set[str]] = []
+
+    def recording(state: MajorityVoteState, channel: Any, bucket: Any) -> Any:
+        if bucket.index() == 0:
+            exchanges.append(set())
+        plan = right(state, channel, bucket)
+        exchanges[-1].add(type(plan.exchange).__name__)
+        return plan
+
+    right = MajorityVoteState.plan
+    with (
+        mock.patch("signvote.ddp.topology.MORE_BYTES", 2),
+        mock.patch.object(MajorityVoteState, "plan", recording),
+    ):
+        return train(job), exchanges
+
+
+@pytest.mark.parametrize("feature", [feature for feature, job in FEATURES.items() if job.ddp == TINY_BUCKETS])
+@pytest.mark.parametrize("world", [3])
+def test_auto_equals_simulation(ranks: RankPool, feature: str, world: int) -> None:
+    """Where a step gathers some of its buckets and shards others."""
+    job = replace(FEATURES[feature], options={"topology": "auto"})
+    outcomes = ranks.run(train_where_auto_mixes, job, world=world)
+    check_against_simulation(job, [outcome for outcome, _ in outcomes])
+    for _, exchanges in outcomes:
+        assert exchanges[-1] == {"Sharded", "AllGather"}
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_options_equal_simulation(ranks: RankPool, options: str, world: int) -> None:
@@ -87,7 +117,7 @@ def test_options_equal_simulation(ranks: RankPool, options: str, world: int) -> 
 
 
 @pytest.mark.parametrize(
-    # 12,000 delayed collectives are enough among two
+    # 8,000 delayed exchanges are enough among two
     ("feature", "world"),
     [(name, world) for name, job in FEATURES.items() for world in ((2,) if job.delays else (1, 4))],
 )
@@ -97,6 +127,15 @@ def test_replicas_stay_identical_with_each_feature(ranks: RankPool, feature: str
     outcomes = ranks.run(train, job, world=world)
     assert len({outcome.digest for outcome in outcomes}) == 1
     assert all(outcome.stats["steps"] >= 100 - rank * job.uneven for rank, outcome in enumerate(outcomes))
+
+
+@pytest.mark.parametrize("topology", ["allgather", "server"])
+def test_replicas_stay_identical_in_tiny_buckets(ranks: RankPool, topology: str) -> None:
+    """Over 100 steps; those of "sharded" are among the features."""
+    job = Job("rows", steps=100, options={"topology": topology}, ddp=TINY_BUCKETS, record=False)
+    outcomes = ranks.run(train, job, world=4)
+    assert len({outcome.digest for outcome in outcomes}) == 1
+    assert len(outcomes[0].buckets) == len(parameter_names("rows"))
 
 
 def calls_of_a_vote(topology: str) -> list[str]:

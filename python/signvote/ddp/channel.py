@@ -37,7 +37,8 @@ class Channel:
 
     Args:
         process_group: The ranks.
-        timeout: How long a collective waits for another rank; None: as long as ``process_group``.
+        timeout: How long each message, and each of gloo's collectives, may take; None: as long as ``process_group``
+            gives them. One exchange is several messages.
         traffic: Counts the payload handed to the collectives for other ranks and taken from them, and their time.
 
     Attributes:
@@ -79,8 +80,11 @@ class Channel:
             dist.destroy_process_group(group)
 
     def swap(self, name: str, received: torch.Tensor, sent: torch.Tensor) -> None:
-        """Row m of ``sent`` goes to rank m, row m of ``received`` comes from it. ``name`` is for errors."""
+        """Row m of ``sent`` goes to rank m, row m of ``received`` comes from it. ``name`` is for errors.
 
+        gloo takes a message shorter than its row in silence. The row's end then holds an older trailer, whose tag shows
+        that the ranks are out of step.
+        """
         tag = 0  # messages between two ranks arrive in the order in which they were sent
 
         def messages(group: dist.ProcessGroup) -> None:
@@ -88,7 +92,7 @@ class Channel:
             leaving = [group.send([sent[rank]], rank, tag) for rank in self._others]
             received[self.rank] = sent[self.rank]
             for work in arriving + leaving:
-                work.wait()
+                _wait(work)
 
         others = sent.nbytes // self.size * (self.size - 1)
         self._run(name, messages, to_others=others, from_others=others)
@@ -100,7 +104,12 @@ class Channel:
 
     def send_to_first(self, sent: torch.Tensor) -> None:
         """``sent`` goes to rank 0, which calls :meth:`receive_in_turn`."""
-        self._run("gather", dist.send, sent.view(-1), to_others=sent.nbytes, from_others=0, dst=self._ranks[0])
+        self._run(
+            "gather",
+            lambda group: _wait(group.send([sent.view(-1)], 0, 0)),  # rank 0, tag 0
+            to_others=sent.nbytes,
+            from_others=0,
+        )
 
     def receive_in_turn(self, own: torch.Tensor, received: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """On rank 0: each rank and its message, in the order of the ranks, beginning with ``own``.
@@ -111,7 +120,7 @@ class Channel:
         arriving = self._begin_to_receive(1, received)
         yield 0, own.view(-1)
         for rank in range(1, self.size):
-            self._run("gather", lambda group, work=arriving: work.wait(), to_others=0, from_others=own.nbytes)
+            self._run("gather", lambda group, work=arriving: _wait(work), to_others=0, from_others=own.nbytes)
             arriving = self._begin_to_receive(rank + 1, received)
             yield rank, received[rank % 2]
 
@@ -133,7 +142,7 @@ class Channel:
             "broadcast",
             dist.broadcast,
             words,
-            to_others=words.nbytes * _copies(self.rank, self.size),
+            to_others=words.nbytes * len(tree_children(self.rank, self.size)),
             from_others=0 if self.rank == 0 else words.nbytes,
             src=self._ranks[0],
         )
@@ -160,12 +169,19 @@ class Channel:
         self._traffic.bytes_received += from_others
 
 
-def _copies(rank: int, size: int) -> int:
-    """To how many ranks this one passes on what rank 0 broadcasts.
+def _wait(work: dist.Work) -> None:
+    """Return when ``work`` is done. If it was aborted, gloo's wait() does not raise, but returns False."""
+    if not work.wait():
+        raise RuntimeError("a message was aborted")
+
+
+def tree_children(rank: int, size: int) -> list[int]:
+    """The ranks to which this one passes on what rank 0 broadcasts.
 
     gloo's broadcast is a binomial tree: rank r sends to each r + 2^j < size with 2^j above all bits of r.
     """
-    return sum(rank + 2**bit < size for bit in range(rank.bit_length(), (size - 1).bit_length()))
+    bits = range(rank.bit_length(), (size - 1).bit_length())
+    return [rank + 2**bit for bit in bits if rank + 2**bit < size]
 
 
 def _new_gloo_group(parent: dist.ProcessGroup | None, timeout: timedelta | None) -> dist.ProcessGroup:

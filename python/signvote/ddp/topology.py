@@ -53,10 +53,10 @@ class Sharded:
         self.result = layout.new_message()
 
     def run(self, channel: Channel, voter: Voter) -> None:
-        channel.swap("all_to_all", self.received, self.sent)
+        channel.swap("exchange of signs", self.received, self.sent)
         own = self.result[channel.rank : channel.rank + 1]
         voter.vote(self.received, own)
-        channel.swap("all_gather", self.result, own.expand_as(self.result))
+        channel.swap("exchange of votes", self.result, own.expand_as(self.result))
 
 
 class AllGather:
@@ -69,7 +69,7 @@ class AllGather:
         self.result = layout.new_message()
 
     def run(self, channel: Channel, voter: Voter) -> None:
-        channel.swap("all_gather", self.received, self.sent.expand_as(self.received))
+        channel.swap("exchange of signs", self.received, self.sent.expand_as(self.received))
         voter.vote(self.received, self.result)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from signvote.ddp.channel import tree_children
 from signvote.ddp.options import TOPOLOGIES
 from signvote.ddp.topology import chosen
 from signvote.ddp.trailer import TRAILER_WORDS
@@ -277,10 +278,10 @@ def _depth(workers: int) -> int:
 
 @lru_cache
 def _tree_messages(workers: int) -> int:
-    """How many messages' time gloo's broadcast takes: the rank r sends to each r + 2^j < M with 2^j above r's bits."""
+    """How many messages' time gloo's broadcast takes."""
 
     def after(rank: int) -> int:
-        children = [rank + 2**j for j in range(rank.bit_length(), _depth(workers)) if rank + 2**j < workers]
+        children = tree_children(rank, workers)
         # They share the link, so each has its message when all have it.
         return len(children) + max(map(after, children), default=0)
 
