@@ -130,12 +130,24 @@ def test_a_run_is_compared_with_another(run: tuple[str, Path], capsys: pytest.Ca
     assert "-100% slower" in printed
 
 
+def test_a_run_in_other_pages_is_not_compared(run: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = run[1] / "bench.json"
+    document = json.loads(path.read_text())
+    now = document["machine"]["pages"]
+    document["machine"]["pages"] = "64 MB pages"
+    path.write_text(json.dumps(document))
+    with pytest.raises(SystemExit):
+        main(["bench", "--quick", *SMALL, "--compare", str(path)])
+    assert f"bench.json: expected a run in {now}, as this one, got 64 MB pages" in capsys.readouterr().err
+
+
 def test_bad_file_to_compare_with_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "old.json"
     for text, message in (
         ("{", "is not a file of signvote bench: JSONDecodeError"),
+        ('{"format": 1}', "has format 1, expected 2"),
         ("{}", "is not a file of signvote bench: KeyError: 'format'"),
-        ('{"format": 0}', "has format 0, expected 1"),
+        ('{"format": 0}', "has format 0, expected 2"),
         (None, "No such file"),
     ):
         path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@
 // above some size, which is another limit.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <string.h>
 
 #include <algorithm>
 #include <atomic>
@@ -19,8 +20,10 @@ namespace {
 
 #if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__)
 #define EACH_ISA __attribute__((noinline, target_clones("avx512f", "avx2", "default")))
+#define READ_ISA __attribute__((noinline, target_clones("avx2", "default")))
 #else
 #define EACH_ISA
+#define READ_ISA
 #endif
 #if defined(__clang__)
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -36,15 +39,37 @@ namespace {
 #endif
 
 // All sizes are in words. Read words are XORed into a result that the caller must use, so that no load can be left out.
-EACH_ISA uint32_t read_words(const uint32_t* x, size_t size) {
-  uint32_t sums[64] = {};
+//
+// By 256 bits and into four sums: on Zen 4 faster than by 512 bits or into one, by 1.05 to 1.2 from 26 MB on.
+#if defined(__GNUC__)
+using Part = uint32_t __attribute__((vector_size(32)));
+#else
+struct Part {
+  uint32_t word[8];
+  Part& operator^=(const Part& other) {
+    for (size_t i = 0; i < 8; ++i) word[i] ^= other.word[i];
+    return *this;
+  }
+  uint32_t operator[](size_t i) const { return word[i]; }
+};
+#endif
+
+READ_ISA uint32_t read_words(const uint32_t* x, size_t size) {
+  constexpr size_t kParts = 4, kWords = sizeof(Part) / 4;
+  Part sums[kParts] = {};
   size_t i = 0;
-  for (; size - i >= 64; i += 64) {
-    for (size_t j = 0; j < 64; ++j) sums[j] ^= x[i + j];
+  for (; size - i >= kParts * kWords; i += kParts * kWords) {
+    for (size_t k = 0; k < kParts; ++k) {
+      Part part;
+      memcpy(&part, x + i + k * kWords, sizeof part);
+      sums[k] ^= part;
+    }
   }
   uint32_t sum = 0;
   for (; i < size; ++i) sum ^= x[i];
-  for (const uint32_t part : sums) sum ^= part;
+  for (const Part& part : sums) {
+    for (size_t k = 0; k < kWords; ++k) sum ^= part[k];
+  }
   return sum;
 }
 
@@ -55,8 +80,9 @@ EACH_ISA void write_words(uint32_t* out, size_t size, uint32_t value) {
 // Each word `times` times over, which is a multiple of 16.
 EACH_ISA void repeat_words(const uint32_t* x, uint32_t* out, size_t size, size_t times) {
   for (size_t i = 0; i < size; ++i) {
+    const uint32_t value = x[i];  // not read again after each write, which might have changed it
     for (size_t j = 0; j < times; j += 16, out += 16) {
-      for (size_t k = 0; k < 16; ++k) out[k] = x[i];
+      for (size_t k = 0; k < 16; ++k) out[k] = value;
     }
   }
 }

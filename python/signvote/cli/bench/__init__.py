@@ -18,7 +18,7 @@ from signvote.cli.bench import report, results
 from signvote.cli.bench.bars import Bar, judge
 from signvote.cli.bench.cases import DTYPES, OPS, ROWS, Case, Data, Options, contenders
 from signvote.cli.bench.expected import WrongResultError
-from signvote.cli.bench.machine import load, machine, usable_cpus, versions
+from signvote.cli.bench.machine import load, machine, pages, usable_cpus, versions
 from signvote.cli.bench.measure import no_garbage_collection, take_turns
 from signvote.cli.bench.results import Result
 
@@ -72,6 +72,13 @@ def run(options: argparse.Namespace) -> int:
             old = results.read(options.compare)
         except (OSError, ValueError) as error:
             options.fail(f"argument --compare: {error}")
+        else:
+            before, now = old[0]["machine"]["pages"], pages()
+            if before != now:
+                options.fail(
+                    f"argument --compare: {options.compare}: expected a run in {now}, as this one, got {before}: "
+                    "they change what the ops reach of the limits"
+                )
     out = options.out or (None if options.quick else Path("signvote-bench"))
     if out is not None and find_spec("matplotlib") is None:
         print("signvote bench: no plots without matplotlib: pip install 'signvote[bench]'", file=sys.stderr)

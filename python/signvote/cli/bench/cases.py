@@ -57,7 +57,8 @@ def aligned(numel: int, dtype: Any) -> NDArray[Any]:
     ask for huge pages where torch does not.
     """
     memory = torch.zeros(numel * np.dtype(dtype).itemsize, dtype=torch.uint8)
-    assert memory.data_ptr() % CACHE_LINE == 0
+    if memory.data_ptr() % CACHE_LINE:
+        raise RuntimeError(f"torch: expected memory at a multiple of {CACHE_LINE} bytes, got {memory.data_ptr():#x}")
     return memory.numpy().view(dtype)
 
 

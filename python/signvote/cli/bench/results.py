@@ -11,7 +11,7 @@ from typing import Any
 from signvote.cli.bench.cases import Case
 from signvote.cli.bench.measure import Contender, Spread, times_faster
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
