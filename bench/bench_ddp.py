@@ -30,7 +30,7 @@ from signvote.cli.bench.measure import MIN_ROUNDS
 
 WORKERS = (2, 4, 8)
 RATES = ("none", "1gbit", "100mbit")
-SIZES = (1_000_000, 26_000_000)
+SIZES = (100_000, 1_000_000, 26_000_000)
 SECONDS = 3.0  # that the methods of a workload take turns, if their fewest runs do not take longer
 LONGEST_EXCHANGE, LONGEST_STEP = 14.0, 6.5  # seconds; what takes longer by its bytes is skipped
 ROUNDS = 5  # the fewest; of the bars' figures MIN_ROUNDS

@@ -77,7 +77,9 @@ CALIBRATION = Calibration({0.0: CODEC, 0.9: replace(CODEC, pack=0.8e-9)}, Host(m
 
 def measurement(method: str, workload: str = "exchange", seconds: float = 0.1, workers: int = 4) -> Measurement:
     spread = Spread(seconds, 0.9 * seconds, 1.1 * seconds)
-    return Measurement(workload, 10**7, [10**6] * 10, workers, "1gbit", method, 1.0, 1.0, None, seconds=spread)
+    return Measurement(
+        workload, 10**7, [10**6] * 10, workers, "1gbit", method, 1.0, 1.0, None, seconds=spread, samples=7
+    )
 
 
 @pytest.mark.parametrize("workload", ["exchange", "sleep", "cpu"])
@@ -125,6 +127,19 @@ def test_the_worst_prediction_is_the_bar() -> None:
     assert report.judge(measured[:1])[0].met
     row = report.table(measured).splitlines()[-1].split()
     assert row[:5] == ["fp16", "100.0", "90.0-110.0", "70.0", "0.70"]
+
+
+@pytest.mark.parametrize(("samples", "shown"), [(1, "1 run"), (2, "2 runs"), (3, "90.0-110.0")])
+def test_few_samples_have_no_quartiles(samples: int, shown: str) -> None:
+    row = report.table([replace(measurement("fp32"), samples=samples)]).splitlines()[-1]
+    assert re.split(" {2,}", row.strip())[:3] == ["fp32", "100.0", shown]
+
+
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text('{"format": 1, "measurements": []}')
+    with pytest.raises(ValueError, match="expected format 2, got 1"):
+        results.read(path)
 
 
 def test_what_a_launch_measured_before_it_failed_is_kept(

@@ -83,6 +83,8 @@ def _power_sgd(rank: int) -> Method:
 
 def _vote(topology: str, momentum: float) -> Method:
     def payload(shapes: Iterable[Shape], workers: int) -> float:
+        # As of one bucket: of a model in several, "auto" may gather some and shard others. The bytes reported are those
+        # that the state has counted; these are for the floor, and for what is skipped.
         numel = coordinates(shapes)
         return (ring(workers) if chosen(topology, numel, workers) == "sharded" else workers - 1) * numel / 8
 

@@ -20,6 +20,7 @@ WORKLOADS = {
 
 
 PREDICTION_BOUND = 0.25
+FEWEST_FOR_QUARTILES = 3  # samples
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ def _milliseconds(one: Measurement) -> str:
 
 
 def _quartiles(one: Measurement) -> str:
-    return "" if one.seconds is None else f"{1e3 * one.seconds.low:.1f}-{1e3 * one.seconds.high:.1f}"
+    if one.seconds is None:
+        return ""
+    if one.samples < FEWEST_FOR_QUARTILES:
+        return f"{one.samples} run{'s' * (one.samples != 1)}"
+    return f"{1e3 * one.seconds.low:.1f}-{1e3 * one.seconds.high:.1f}"
 
 
 def _payload(one: Measurement) -> float:

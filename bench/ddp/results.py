@@ -10,7 +10,7 @@ from typing import Any
 
 from signvote.cli.bench.measure import Spread
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,10 @@ def write(path: Path, measurements: Sequence[Measurement], **more: Any) -> None:
 
 
 def read(path: Path) -> list[Measurement]:
-    return [_measurement(fields) for fields in json.loads(path.read_text(encoding="utf-8"))["measurements"]]
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if document.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT}, got {document.get('format')}")
+    return [_measurement(fields) for fields in document["measurements"]]
 
 
 def _measurement(fields: dict[str, Any]) -> Measurement:
