@@ -129,6 +129,14 @@ def test_the_worst_prediction_is_the_bar() -> None:
     assert row[:5] == ["fp16", "100.0", "90.0-110.0", "70.0", "0.70"]
 
 
+@pytest.mark.parametrize(("samples", "shown"), [(1, "1 run"), (2, "2 runs"), (3, "0-0.111")])
+def test_few_samples_have_no_quartiles_and_no_sure_bar(samples: int, shown: str) -> None:
+    (bar,) = report.judge([replace(measurement("fp32"), predicted=0.1, samples=samples)])
+    assert bar.met
+    assert bar.sure == (samples > 2)
+    assert shown in report.bars_table([bar])
+
+
 @pytest.mark.parametrize(("samples", "shown"), [(1, "1 run"), (2, "2 runs"), (3, "90.0-110.0")])
 def test_few_samples_have_no_quartiles(samples: int, shown: str) -> None:
     row = report.table([replace(measurement("fp32"), samples=samples)]).splitlines()[-1]

@@ -46,9 +46,12 @@ def _milliseconds(one: Measurement) -> str:
 def _quartiles(one: Measurement) -> str:
     if one.seconds is None:
         return ""
-    if one.samples < FEWEST_FOR_QUARTILES:
-        return f"{one.samples} run{'s' * (one.samples != 1)}"
-    return f"{1e3 * one.seconds.low:.1f}-{1e3 * one.seconds.high:.1f}"
+    return _few(one.samples) or f"{1e3 * one.seconds.low:.1f}-{1e3 * one.seconds.high:.1f}"
+
+
+def _few(samples: int) -> str:
+    """What to say in place of quartiles, if there are too few samples for any."""
+    return "" if samples >= FEWEST_FOR_QUARTILES else f"{samples} run{'s' * (samples != 1)}"
 
 
 def _payload(one: Measurement) -> float:
@@ -119,6 +122,7 @@ class Bar:
     measured: Spread
     bound: float
     at_least: bool
+    samples: int | None = None  # None: it does not vary
 
     @property
     def met(self) -> bool:
@@ -127,6 +131,8 @@ class Bar:
     @property
     def sure(self) -> bool:
         """The quartiles lie on one side."""
+        if self.samples is not None and _few(self.samples):
+            return False
         return (self.measured.low >= self.bound) == (self.measured.high >= self.bound)
 
 
@@ -153,7 +159,7 @@ def _predictions(measured: Sequence[Measurement]) -> Iterator[Bar]:
     worst, one = max(errors, key=lambda pair: pair[0].median)
     within = sum(error.median <= PREDICTION_BOUND for error, _ in errors)
     which = f"worst of {len(errors)}, {within} are within {PREDICTION_BOUND:g}: {one.workload}, {_where(one)}"
-    yield Bar(f"signvote plan, off the measured time by ({which})", worst, PREDICTION_BOUND, False)
+    yield Bar(f"signvote plan, off the measured time by ({which})", worst, PREDICTION_BOUND, False, one.samples)
 
 
 def _error(one: Measurement) -> Spread:
@@ -181,11 +187,17 @@ def _exchange(votes: Sequence[Measurement]) -> Iterator[Bar]:
             continue
         for name, bound in (("fp32", 25), ("fp16", 13)):
             if name in one.times_faster:
-                yield Bar(f"exchange, times faster than {name}: {_where(one)}", one.times_faster[name], bound, True)
+                yield Bar(
+                    f"exchange, times faster than {name}: {_where(one)}",
+                    one.times_faster[name],
+                    bound,
+                    True,
+                    one.samples,
+                )
         if one.seconds is not None and one.floor is not None:
             seconds = one.seconds
             spread = Spread(*(one.floor / part for part in (seconds.median, seconds.high, seconds.low)))
-            yield Bar(f"exchange, floor / time: {_where(one)}", spread, 0.6, True)
+            yield Bar(f"exchange, floor / time: {_where(one)}", spread, 0.6, True, one.samples)
 
 
 def _steps(votes: Sequence[Measurement]) -> Iterator[Bar]:
@@ -193,7 +205,9 @@ def _steps(votes: Sequence[Measurement]) -> Iterator[Bar]:
         if one.times_noop is not None and (one.workers, one.rate) == (4, "1gbit"):
             bound = {"sleep": 1.15, "cpu": 1.4}.get(one.workload)
             if bound is not None:
-                yield Bar(f"{WORKLOADS[one.workload]}, / noop: {_where(one)}", one.times_noop, bound, False)
+                yield Bar(
+                    f"{WORKLOADS[one.workload]}, / noop: {_where(one)}", one.times_noop, bound, False, one.samples
+                )
 
 
 def _growth(votes: Sequence[Measurement]) -> Iterator[Bar]:
@@ -212,7 +226,7 @@ def bars_table(bars: Sequence[Bar]) -> str:
     rows: list[list[str] | None] = [["", "measured", "quartiles", "bar", "met"]]
     for bar in bars:
         spread = bar.measured
-        quartiles = "" if spread.low == spread.high else f"{spread.low:.3g}-{spread.high:.3g}"
+        quartiles = "" if bar.samples is None else _few(bar.samples) or f"{spread.low:.3g}-{spread.high:.3g}"
         met = ("yes" if bar.met else "NO") + ("" if bar.sure else " ?")
         bound = f"{'>=' if bar.at_least else '<='} {bar.bound:g}"
         rows.append([bar.what, f"{spread.median:.3g}", quartiles, bound, met])

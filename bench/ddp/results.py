@@ -97,7 +97,7 @@ def write(path: Path, measurements: Sequence[Measurement], **more: Any) -> None:
     document = {"format": FORMAT, **more, "measurements": [asdict(one) for one in measurements]}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(document) + "\n", encoding="utf-8")
     beside.replace(path)  # all of it or nothing, also where the writer is ended
 
 
