@@ -44,6 +44,7 @@ def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert min(codec.unpack, codec.to_half, codec.from_half) > 0
     host = measure.measure_host()
     assert 0 < host.message_seconds < 1
+    assert 0 <= host.wake_seconds < 1
     assert host.byte_seconds >= 0 <= host.half_sum_seconds
 
 

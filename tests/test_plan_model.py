@@ -44,7 +44,11 @@ links = st.builds(
     burst_bytes=st.sampled_from([0.0, 1e4]),
 )
 hosts = st.builds(
-    Host, message_seconds=st.floats(1e-6, 1e-3), byte_seconds=st.floats(0, 1e-8), workers_per_cpu=st.floats(0, 8)
+    Host,
+    message_seconds=st.floats(1e-6, 1e-3),
+    wake_seconds=st.floats(0, 1e-3),
+    byte_seconds=st.floats(0, 1e-8),
+    workers_per_cpu=st.floats(0, 8),
 )
 computes = st.builds(Compute, seconds=st.floats(0, 10), on_cpu=st.booleans())
 
@@ -141,7 +145,7 @@ def test_pipeline_by_hand() -> None:
     """Three buckets of a second of the backward pass each, and exchanges of half a second: the last sticks out."""
     link = Link(1e9, latency_seconds=0.0, efficiency=1.0)
     free = Codec(0.0, 0.0, 0.0, 0.0, 0.0)
-    host = Host(message_seconds=0.0, byte_seconds=0.0)
+    host = Host(message_seconds=0.0, wake_seconds=0.0, byte_seconds=0.0)
     numel = 15_625_000  # 62.5 MB: half a second for two workers, who send as much as that in all
     compute = Compute(4.0, backward_share=0.75)
     found = predict("allreduce", [numel] * 3, 2, link, codec=free, host=host, compute=compute)
@@ -153,7 +157,7 @@ def test_pipeline_by_hand() -> None:
 
 def test_half_duplex_takes_twice_as_long_where_both_directions_are_in_use() -> None:
     free = Codec(0.0, 0.0, 0.0, 0.0, 0.0)
-    host = Host(message_seconds=0.0, byte_seconds=0.0)
+    host = Host(message_seconds=0.0, wake_seconds=0.0, byte_seconds=0.0)
     link = Link(1e9, latency_seconds=0.0)
     for method, times in (("allreduce", 2.0), ("allgather", 2.0), ("server", 1.0)):
         full = predict(method, [10**7], 4, link, codec=free, host=host).exchange_seconds
@@ -165,9 +169,22 @@ def test_half_duplex_takes_twice_as_long_where_both_directions_are_in_use() -> N
 def test_broadcast_takes_the_slowest_branch_of_the_tree(workers: int, messages: int) -> None:
     """Rank 0 of 8 sends to 1, 2 and 4 at once, then 1 to 3 and 5, then 3 to 7."""
     free = Codec(0.0, 0.0, 0.0, 0.0, 0.0)
-    host = Host(message_seconds=1.0, byte_seconds=0.0, workers_per_cpu=0.0)
+    host = Host(message_seconds=1.0, wake_seconds=0.0, byte_seconds=0.0, workers_per_cpu=0.0)
     found = predict("server", [64], workers, Link(1e15, latency_seconds=0.0), codec=free, host=host)
     assert found.exchange_seconds == pytest.approx(workers - 1 + messages)
+
+
+@pytest.mark.parametrize(
+    ("method", "pauses"), [("allreduce", 1), ("fp16", 1), ("sharded", 2), ("allgather", 1), ("server", 2)]
+)
+def test_a_pause_comes_before_each_phase(method: str, pauses: int) -> None:
+    """Between the two halves of a ring there is none."""
+    awake = Host(wake_seconds=0.0, workers_per_cpu=2.0)
+    sleepy = replace(awake, wake_seconds=0.25)
+    of_both = [predict(method, [64], 4, GIGABIT, codec=CODEC, host=host).exchange_seconds for host in (awake, sleepy)]
+    together = 1 + awake.cpu_share  # two workers on a CPU wake up one after the other
+    expected = 0.25 * pauses * (1 if method == "server" else together)
+    assert of_both[1] - of_both[0] == pytest.approx(expected)
 
 
 @given(

@@ -67,11 +67,25 @@ def all_reduce(numel: int, dtype: torch.dtype, rounds: int) -> float:
     return median(largest(*times))
 
 
+def swap(rounds: int, pause: float) -> float:
+    received, sent = torch.zeros(2, 4)
+    other = 1 - dist.get_rank()
+    messages = [dist.P2POp(dist.irecv, received, other), dist.P2POp(dist.isend, sent, other)]
+    times = []
+    for _ in range(rounds):
+        time.sleep(pause)
+        begin = time.perf_counter()
+        for work in dist.batch_isend_irecv(messages):
+            work.wait()
+        times.append(time.perf_counter() - begin)
+    return median(largest(*times))
+
+
 def main(path: str) -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         found = Calibration(
-            {momentum: slowest_codec(momentum) for momentum in MOMENTA}, host_of(all_reduce, SENT_COORDINATES)
+            {momentum: slowest_codec(momentum) for momentum in MOMENTA}, host_of(all_reduce, swap, SENT_COORDINATES)
         )
         if int(os.environ["RANK"]) == 0:
             found.write(Path(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from statistics import median
@@ -23,6 +23,7 @@ MOST_ROWS = 64  # a vote's cost per worker changes little beyond
 SECONDS = 0.6
 TIMEOUT = timedelta(seconds=10)
 FEW_ROUNDS, MANY_ROUNDS = 7, 100
+PAUSE = 5e-3  # seconds: as long as threads and CPUs need to go to sleep
 
 
 def measure_codec(dtype: torch.dtype, momentum: float, workers: int) -> Codec:
@@ -73,30 +74,55 @@ def measure_host() -> Host:
 
     def all_reduce(numel: int, dtype: torch.dtype, rounds: int) -> float:
         tensors = [torch.zeros(numel, dtype=dtype) for _ in groups]
-        times = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            works = [group.allreduce([tensor]) for group, tensor in zip(groups, tensors, strict=True)]
-            for work in works:
-                work.wait(TIMEOUT)
-            times.append(time.perf_counter() - start)
-        return median(times)
+        return median_seconds(
+            lambda: [group.allreduce([tensor]) for group, tensor in zip(groups, tensors, strict=True)], rounds
+        )
 
-    return host_of(all_reduce)
+    def swap(rounds: int, pause: float) -> float:
+        received, sent = torch.zeros(2, 2, 4)
+        return median_seconds(
+            lambda: [
+                *(group.recv([received[rank]], 1 - rank, 0) for rank, group in enumerate(groups)),
+                *(group.send([sent[rank]], 1 - rank, 0) for rank, group in enumerate(groups)),
+            ],
+            rounds,
+            pause,
+        )
+
+    return host_of(all_reduce, swap)
 
 
-def host_of(all_reduce: Callable[[int, torch.dtype, int], float], coordinates: int = SENT_COORDINATES) -> Host:
-    """What messages cost, by seconds of an all-reduce between two, without a limit of the link's.
+def median_seconds(begin: Callable[[], Sequence[dist.Work]], rounds: int, pause: float = 0.0) -> float:
+    """Of what ``begin`` begins, with that many seconds of sleep before each."""
+    times = []
+    for _ in range(rounds):
+        time.sleep(pause)
+        start = time.perf_counter()
+        for work in begin():
+            work.wait(TIMEOUT)
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def host_of(
+    all_reduce: Callable[[int, torch.dtype, int], float],
+    swap: Callable[[int, float], float],
+    coordinates: int = SENT_COORDINATES,
+) -> Host:
+    """What messages cost, by seconds of an all-reduce and a swap between two, without a limit of the link's.
 
     Args:
         all_reduce: Takes the number of coordinates, their dtype and how often to do it; returns the median.
-        coordinates: Of a large one.
+        swap: A message of a few words each way, receives first. Takes how often to do it, and the seconds of sleep
+            before each; returns the median.
+        coordinates: Of a large all-reduce.
     """
     # Of the ring between two: four messages, and as many bytes sent as the tensor has, the half of them added. A
     # larger tensor goes in segments of 1 MiB.
     message = all_reduce(4, torch.float32, MANY_ROUNDS) / 4
+    waking = max(0.0, swap(MANY_ROUNDS, PAUSE) - swap(MANY_ROUNDS, 0.0))
     size = 4 * coordinates
     single = max(0.0, all_reduce(coordinates, torch.float32, FEW_ROUNDS) - size / 2**20 * message)
     half = max(0.0, all_reduce(coordinates, torch.float16, FEW_ROUNDS) - size / 2**21 * message)
     added = max(0.0, half - single / 2) / (coordinates / 2)
-    return Host(message_seconds=message, byte_seconds=single / size, half_sum_seconds=added)
+    return Host(message_seconds=message, wake_seconds=waking, byte_seconds=single / size, half_sum_seconds=added)

@@ -67,11 +67,13 @@ class Host:
     """What gloo and the kernel cost at the ends of a message.
 
     The defaults were measured on a virtual machine with two CPUs, between network namespaces without a rate limit
-    (bench/netlab.py): the time of all_gather and all-reduce of a few words between 2, 4 and 8 workers per message, that
-    of a float32 all-reduce of 104 MB per byte, and what float16 takes longer. `signvote plan` measures its own.
+    (bench/netlab.py): the time of all_gather and all-reduce of a few words between 2, 4 and 8 workers per message, what
+    a message after a pause takes longer, the time of a float32 all-reduce of 104 MB per byte, and what float16 takes
+    longer. `signvote plan` measures its own.
 
     Attributes:
-        message_seconds: A message, without its bytes: system calls, and waking two threads that wait.
+        message_seconds: A message, without its bytes, when others have just come: system calls, and waking threads.
+        wake_seconds: What the first message after a pause takes longer: the threads and the CPU have gone to sleep.
         byte_seconds: A byte of its payload, from memory to memory, with its part of a float32 sum.
         half_sum_seconds: A float16 coordinate that gloo adds, beyond that.
         cpu_share: Part of this time in which a CPU is busy.
@@ -79,6 +81,7 @@ class Host:
     """
 
     message_seconds: float = 0.42e-3
+    wake_seconds: float = 0.3e-3
     byte_seconds: float = 2.0e-9
     half_sum_seconds: float = 4.5e-9
     cpu_share: float = 0.55
@@ -87,8 +90,16 @@ class Host:
     def seconds(self, payload: float, together: bool) -> float:
         """A message; ``together``: while all workers send theirs, so that each waits for the others on its CPU."""
         crowd = self.workers_per_cpu if together else 0.0
-        waiting = 1 + self.cpu_share * max(0.0, crowd - 1)
-        return waiting * self.message_seconds + max(1.0, self.cpu_share * crowd) * self.byte_seconds * payload
+        bytes_seconds = max(1.0, self.cpu_share * crowd) * self.byte_seconds * payload
+        return self._waiting(together) * self.message_seconds + bytes_seconds
+
+    def waking(self, together: bool) -> float:
+        """Before the first message of a phase."""
+        return self._waiting(together) * self.wake_seconds
+
+    def _waiting(self, together: bool) -> float:
+        """How many times as long as with a CPU of its own."""
+        return 1 + self.cpu_share * max(0.0, self.workers_per_cpu - 1) if together else 1.0
 
     def cpu_seconds(self, payload: float) -> float:
         return self.cpu_share * (self.message_seconds + self.byte_seconds * payload)
@@ -227,6 +238,7 @@ class _Phase:
         latencies: How often the link's latency is waited for.
         together: All workers send and receive at the same time. Otherwise the link is used in one direction only.
         work: Seconds of computing for each message, while the next one is under way.
+        asleep: A pause comes before it.
     """
 
     messages: int
@@ -234,12 +246,14 @@ class _Phase:
     latencies: float
     together: bool = True
     work: float = 0.0
+    asleep: bool = True
 
     def seconds(self, link: Link, host: Host) -> float:
         turns = 1.0 if link.full_duplex or not self.together else 2.0
         paid = max(0.0, self.size - link.burst_bytes / max(1, self.messages))
         each = max(turns * link.seconds(paid), host.seconds(self.size, self.together) + self.work)
-        return self.latencies * link.latency_seconds + self.messages * each
+        waking = host.waking(self.together) if self.asleep else 0.0
+        return waking + self.latencies * link.latency_seconds + self.messages * each
 
     def cpu_seconds(self, host: Host) -> float:
         return self.messages * (host.cpu_seconds(self.size) + self.work)
@@ -258,7 +272,7 @@ def _ring_all_reduce(size: int, workers: int, sum_seconds: float) -> list[_Phase
     each = size / segments
     return [
         _Phase(messages, each, workers - 1, work=sum_seconds * each),
-        _Phase(messages, each, workers - 1),
+        _Phase(messages, each, workers - 1, asleep=False),
     ]
 
 

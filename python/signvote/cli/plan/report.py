@@ -31,7 +31,7 @@ def header(cluster: Cluster, plans: Sequence[Plan]) -> str:
         f"{show_rate(link.bits_per_second)} {duplex}, {show_seconds(link.latency_seconds)} of latency\n"
         f"Measured here, ns per coordinate: pack {codec.pack * 1e9:.2f}, unpack {codec.unpack * 1e9:.2f}, vote "
         f"{codec.vote * 1e9:.4f} for each worker; gloo: {show_seconds(host.message_seconds)} for a message, "
-        f"{host.byte_seconds * 1e9:.2f} ns for a byte\n"
+        f"{show_seconds(host.wake_seconds)} more after a pause, {host.byte_seconds * 1e9:.2f} ns for a byte\n"
     )
 
 
