@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -35,3 +36,12 @@ def needs_lab() -> None:
     """For tests that are skipped on a machine that cannot have a lab."""
     if (reason := labs.refusal()) is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture
+def default_sigint() -> Iterator[None]:
+    """For tests that interrupt a program: a shell without job control has its background jobs ignore SIGINT, and what
+    they start inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -123,6 +123,7 @@ def test_failing_worker_ends_the_demo_with_its_error(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.usefixtures("default_sigint")
 def test_interrupt_ends_every_process(tmp_path: Path) -> None:
     arguments = [*DEMO, "--workers", "2", "--steps", "100000", "--out", str(tmp_path)]
     with subprocess.Popen(arguments, stdout=PIPE, stderr=PIPE, start_new_session=True) as process:

@@ -180,7 +180,7 @@ def alive(pid: str) -> bool:
         return False
 
 
-@pytest.mark.usefixtures("needs_lab")
+@pytest.mark.usefixtures("needs_lab", "default_sigint")
 @pytest.mark.parametrize(
     ("number", "status", "obstinate"),
     [(signal.SIGINT, 130, True), (signal.SIGTERM, 143, False), (signal.SIGHUP, 129, False)],
