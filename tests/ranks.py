@@ -1,4 +1,5 @@
-"""Real gloo ranks for tests: processes that stay up between tests, since importing torch costs seconds.
+"""Real gloo ranks for tests: processes that stay up between tests, forked from one that has imported torch, since that
+takes seconds.
 
 ``RankPool(4).run(function, *arguments)`` calls ``function(*arguments)`` on ranks 0 to 3 of a fresh process group and
 returns their results. Functions live at the top level of a test module.
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 
@@ -29,8 +30,10 @@ class RankDied(AssertionError):
 class RankPool:
     def __init__(self, size: int) -> None:
         self.size = size
-        self._context = multiprocessing.get_context("spawn")
-        self._ranks: dict[int, tuple[SpawnProcess, Connection]] = {}
+        self._context = multiprocessing.get_context("forkserver")
+        # What test modules import, and what an optimizer does in its first step.
+        self._context.set_forkserver_preload(["signvote.ddp", "hypothesis", "pytest", "torch._dynamo"])
+        self._ranks: dict[int, tuple[ForkServerProcess, Connection]] = {}
         self._runs = itertools.count()
         self._folder = tempfile.TemporaryDirectory()
 
