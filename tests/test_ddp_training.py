@@ -115,13 +115,15 @@ def test_options_equal_simulation(ranks: RankPool, options: str, world: int) -> 
     check_against_simulation(job, ranks.run(train, job, world=world))
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    # 16,000 delayed exchanges are enough among two
+    ("feature", "world"),
+    [(name, world) for name, job in FEATURES.items() for world in ((2,) if job.delays else (1, 4))],
+)
 def test_replicas_stay_identical_with_each_feature(ranks: RankPool, feature: str, world: int) -> None:
     """Over 200 steps."""
     job = replace(FEATURES[feature], steps=200, record=False)
-    outcomes = ranks.run(train, job, world=world, timeout=240)
+    outcomes = ranks.run(train, job, world=world, timeout=120)
     assert len({outcome.digest for outcome in outcomes}) == 1
     assert all(outcome.stats["steps"] >= 200 - rank * job.uneven for rank, outcome in enumerate(outcomes))
 
