@@ -48,6 +48,22 @@ def test_this_machine_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert host.byte_seconds >= 0 <= host.half_sum_seconds
 
 
+def test_costs_are_told_apart() -> None:
+    """Of known seconds: an all-reduce of few words is four messages; a pause, what a swap takes longer after it."""
+
+    def all_reduce(numel: int, dtype: torch.dtype, rounds: int) -> float:
+        size = numel * dtype.itemsize
+        messages = 4 if numel == 4 else size / 2**20
+        added = 3e-9 * numel / 2 if dtype == torch.float16 else 0.0
+        return 1e-4 * messages + 2e-9 * size * (numel > 4) + added
+
+    host = measure.host_of(all_reduce, lambda rounds, pause: 0.9e-3 if pause else 0.3e-3, 1 << 22)
+    assert host.message_seconds == pytest.approx(1e-4)
+    assert host.wake_seconds == pytest.approx(0.6e-3)
+    assert host.byte_seconds == pytest.approx(2e-9)
+    assert host.half_sum_seconds == pytest.approx(3e-9)
+
+
 @pytest.mark.usefixtures("_known_machine")
 def test_table_has_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(capsys, "--step-seconds", "0.8").splitlines()

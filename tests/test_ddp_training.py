@@ -123,7 +123,7 @@ def test_options_equal_simulation(ranks: RankPool, options: str, world: int) -> 
 def test_replicas_stay_identical_with_each_feature(ranks: RankPool, feature: str, world: int) -> None:
     """Over 200 steps."""
     job = replace(FEATURES[feature], steps=200, record=False)
-    outcomes = ranks.run(train, job, world=world, timeout=120)
+    outcomes = ranks.run(train, job, world=world, timeout=100)
     assert len({outcome.digest for outcome in outcomes}) == 1
     assert all(outcome.stats["steps"] >= 200 - rank * job.uneven for rank, outcome in enumerate(outcomes))
 

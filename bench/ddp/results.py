@@ -94,10 +94,11 @@ class Measurement:
 
 
 def write(path: Path, measurements: Sequence[Measurement], **more: Any) -> None:
-    document = {"format": FORMAT, **more, "measurements": [asdict(one) for one in measurements]}
+    head = json.dumps({"format": FORMAT, **more})
+    lines = ",\n".join(json.dumps(asdict(one)) for one in measurements)  # a line for each, so that a change shows
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    beside.write_text(f'{head[:-1]}, "measurements": [\n{lines}\n]}}\n', encoding="utf-8")
     beside.replace(path)  # all of it or nothing, also where the writer is ended
 
 
