@@ -146,7 +146,7 @@ def _check_bucket(bucket: object) -> None:
     if buffer.device.type != "cpu":
         raise ValueError(
             f"majority_vote_hook: bucket {bucket.index()}: expected gradients on the CPU, got {buffer.device}: "
-            "this build has no CUDA part"
+            "the hook does not work on other devices yet"
         )
 
 
