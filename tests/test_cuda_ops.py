@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,11 @@ import signvote
 from driver import need
 from samples import BITS, DTYPES, SIZES, STORED, bit_rows, mixture, special, store, values, without_memory, word_rows
 from signvote import arguments, cuda, cuda_runs, ops
+from signvote.ddp.codec import CudaCodec, Streams
+from signvote.ddp.layout import BucketLayout
+from signvote.ddp.stats import Counters
+from signvote.ddp.topology import Sharded
+from signvote.ddp.trailer import TRAILER_WORDS
 from test_cuda_on_cpu import CUDA, STAND_IN, TILE, TILED_SIZES, VOTE_PIECE, build_objects
 
 SEED = 2**63 + 12345
@@ -303,6 +308,64 @@ def test_runs(device: torch.device, dtype: str, numels: list[int]) -> None:
         ones = reference.bits_of(rows[0][word:], numel)
         unpacked[coordinate : coordinate + numel] = np.where(ones, *scale)
     assert np.array_equal(to_numpy(bucket), unpacked)
+
+
+class AtOnce:
+    """A stream or an event of the stand-in, which has done everything when a call returns."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        pass
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, event: object) -> float:
+        return 1.0
+
+
+@each_dtype
+def test_codec_of_the_hook(device: torch.device, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type == "cpu":
+        for name in ("Stream", "Event"):
+            monkeypatch.setattr(torch.cuda, name, AtOnce)
+        monkeypatch.setattr(torch.cuda, "current_stream", AtOnce)
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+        monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    rng = np.random.default_rng(0)
+    layout = BucketLayout([5000, 1, 70], [2, 0, 1], 3, TRAILER_WORDS)
+    stored = mixture(rng, layout.numel, dtype)
+    start = mixture(rng, layout.numel, "float64" if dtype == "float64" else "float32", finite=True)
+    bucket, momentum = to_tensor(stored, device, dtype), to_tensor(start, device, str(start.dtype))
+    exchange, counters = Sharded(layout, 0, 3), Counters()
+    codec = CudaCodec(bucket, layout.runs, exchange, counters, Streams.of(device))
+    for step in range(2):
+        expected: NDArray[np.uint32] = np.zeros(exchange.sent.numel(), np.uint32)
+        before = bucket.to("cpu", copy=True).double().numpy()
+        found = reference.pack_runs(before.astype(start.dtype), start, LION, layout.runs, expected, "coin", step)
+        codec.pack(bucket, momentum, LION, zeros="coin", seed=step, num_threads=1)
+        assert codec.packed() == found
+        assert np.array_equal(to_numpy(exchange.sent).reshape(-1), expected)
+        assert same_floats(to_numpy(momentum), start)
+
+        words = rng.integers(0, 2**32, exchange.result.numel(), dtype=np.uint32)
+        exchange.result.view(-1).copy_(torch.from_numpy(words.view(np.int32)))
+        codec.unpack(bucket, scale=0.5, num_threads=1)
+        codec.hand_over()
+        unpacked: NDArray[Any] = np.concatenate(
+            [reference.bits_of(words[word:], numel) for _, _, numel, _, word in layout.runs.tolist()]
+        )
+        assert np.array_equal(bucket.double().cpu().numpy(), np.where(unpacked, 0.5, -0.5))
+    assert counters.pack_seconds > 0
+    assert counters.unpack_seconds > 0
+    codec.fill(bucket, torch.nan)
+    codec.hand_over()
+    assert bucket.isnan().all()
 
 
 def test_cut_runs() -> None:

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from signvote import _core
+from signvote import _core, cuda
 from signvote.ddp import trailer
 from signvote.ddp.channel import Channel
 from signvote.ddp.state import BucketPlan, MajorityVoteState
 from signvote.ddp.trailer import Trailer, vote_tag
-from signvote.runs import pack_runs, unpack_runs, vote_runs
+from signvote.runs import vote_runs
 from signvote.tally import VoteTally
 
 # What a coin is drawn for.
@@ -55,15 +55,17 @@ def majority_vote_hook(
 
     Args:
         state: A :class:`MajorityVoteState`, one per DDP model.
-        bucket: Given by DDP. Its gradients are float32, float64, float16 or bfloat16 on the CPU.
+        bucket: Given by DDP. Its gradients are float32, float64, float16 or bfloat16, on the CPU or on a CUDA device,
+            and are packed on the stream that is current. (What is done on a CUDA device, no GPU has run yet.)
 
     Returns:
         A future of the bucket's buffer, overwritten with the vote.
 
     Raises:
         RuntimeError: From ``backward()``, naming rank, step, bucket and phase, if another rank has died, does not
-            answer within the timeout, or has other options.
-        TypeError, ValueError: For sparse gradients, gradients on another device or of another dtype.
+            answer within the timeout, or has other options. For gradients on a CUDA device, if signvote was built
+            without its CUDA part.
+        TypeError, ValueError: For sparse gradients, gradients on several devices or of another dtype.
 
     Example::
 
@@ -89,7 +91,7 @@ def majority_vote_hook(
     )
     _pack(vote)
 
-    future: torch.futures.Future[Any] = torch.futures.Future()
+    future = plan.codec.new_future()
     channel.submit(lambda: _exchange(vote, future))
     # Raised in a callback an error reaches the caller of backward() whole; Future.set_exception would lose its text.
     return future.then(lambda done: _unpack(vote, done.value()))
@@ -143,10 +145,12 @@ def _check_bucket(bucket: object) -> None:
             f"majority_vote_hook: bucket {bucket.index()}: expected dense gradients, got {buffer.layout}: "
             "set sparse=False on the embedding"
         )
-    if buffer.device.type != "cpu":
+    if buffer.is_cuda:
+        cuda.module_for("majority_vote_hook", f"bucket {bucket.index()}", buffer.device)
+    elif buffer.device.type != "cpu":
         raise ValueError(
-            f"majority_vote_hook: bucket {bucket.index()}: expected gradients on the CPU, got {buffer.device}: "
-            "the hook does not work on other devices yet"
+            f"majority_vote_hook: bucket {bucket.index()}: expected gradients on the CPU or on a CUDA device, got "
+            f"{buffer.device}"
         )
 
 
@@ -159,38 +163,40 @@ def _check_parameters(bucket: dist.GradBucket) -> None:  # type: ignore[name-def
 
 
 def _pack(vote: _Vote) -> None:
-    state, plan, counters = vote.state, vote.plan, vote.state.counters
-    start = time.perf_counter()
-    zeros, nonfinite = pack_runs(
+    state, plan = vote.state, vote.plan
+    plan.codec.pack(
         vote.buffer,
         plan.momentum,
         state.options.coefficients,
-        plan.layout.runs,
-        plan.exchange.sent.view(-1),
         zeros=state.options.zeros,
         seed=_derive(state.options.seed, _ZEROS, vote.step, vote.channel.rank),
-        implementation=state.implementation,
         num_threads=vote.num_threads,
     )
+    state.counters.coordinates += plan.layout.numel
+
+
+def _address(vote: _Vote) -> None:
+    """Wait for the words, and put the trailer behind them."""
+    plan, counters = vote.plan, vote.state.counters
+    zeros, nonfinite = plan.codec.packed()
     Trailer(
         nonfinite=nonfinite,
         first_rank=vote.channel.rank + 1 if nonfinite else 0,
         ties=0,
         tag=vote_tag(vote.step, vote.index, plan.layout.numel),
     ).write(plan.exchange.sent.numpy())
-    counters.pack_seconds += time.perf_counter() - start
-    counters.coordinates += plan.layout.numel
     counters.zeros += zeros
 
 
 def _exchange(vote: _Vote, future: "torch.futures.Future[Any]") -> None:
     """On the worker thread: fulfil ``future`` with None, or with the message of the error to raise."""
     state = vote.state
-    if state.failure is None:
-        try:
+    try:
+        _address(vote)  # also after a failure: what packs must be over before the memory it uses may go
+        if state.failure is None:
             vote.plan.exchange.run(vote.channel, _Voter(vote))
-        except Exception as error:
-            state.fail(f"{vote.name}: {error}")
+    except Exception as error:
+        state.fail(f"{vote.name}: {error}")
     future.set_result(state.failure)
 
 
@@ -235,7 +241,6 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
     state, plan, counters = vote.state, vote.plan, vote.state.counters
     if failure is not None:
         raise RuntimeError(failure)
-    start = time.perf_counter()
     result = trailer.read(plan.exchange.result.numpy())
     if result.tag != vote_tag(vote.step, vote.index, plan.layout.numel):
         state.fail(f"{vote.name}: vote: ranks are out of step: not all sent this bucket of this step")
@@ -252,17 +257,10 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
             f"the lowest rank that has any is {result.first_rank - 1}"
         )
     if result.nonfinite and state.options.nonfinite == "propagate":
-        vote.buffer.fill_(torch.nan)
+        plan.codec.fill(vote.buffer, torch.nan)
     else:
-        unpack_runs(
-            plan.exchange.result.view(-1),
-            plan.layout.runs,
-            vote.buffer,
-            scale=state.options.scale,
-            implementation=state.implementation,
-            num_threads=vote.num_threads_of_worker,
-        )
-    counters.unpack_seconds += time.perf_counter() - start
+        plan.codec.unpack(vote.buffer, scale=state.options.scale, num_threads=vote.num_threads_of_worker)
+    plan.codec.hand_over()
     return vote.buffer
 
 
