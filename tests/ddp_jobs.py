@@ -104,7 +104,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What to train and how. ``uneven``: rank r has r fewer batches, under ``Join``."""
+    """What to train and how. ``uneven``: rank r has r fewer batches, under ``Join``.
+
+    ``devices``: those of ranks 0, 1, ..., over and over. ``side_stream``: all of it on a CUDA stream of its own.
+    """
 
     model: str = "mlp"
     steps: int = 12
@@ -114,6 +117,12 @@ class Job:
     uneven: bool = False
     delays: bool = False
     record: bool = True
+    devices: tuple[str, ...] = ("cpu",)
+    side_stream: bool = False
+
+    def device(self) -> str:
+        """Of this rank."""
+        return self.devices[dist.get_rank() % len(self.devices)]
 
 
 @dataclass
@@ -136,7 +145,7 @@ def digest(module: nn.Module) -> str:
     """Of the bits of all parameters."""
     sha = hashlib.sha256()
     for parameter in module.parameters():
-        sha.update(in_memory_order(parameter).view(torch.uint8).numpy().tobytes())
+        sha.update(in_memory_order(parameter).view(torch.uint8).cpu().numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -144,7 +153,7 @@ def build(
     job: Job, state: MajorityVoteState | None = None
 ) -> tuple[DistributedDataParallel, MajorityVoteState, Outcome]:
     torch.manual_seed(0)
-    ddp = DistributedDataParallel(MODELS[job.model](), **job.ddp)
+    ddp = DistributedDataParallel(MODELS[job.model]().to(job.device()), **job.ddp)
     state = MajorityVoteState(**job.options) if state is None else state
     state.name_parameters(ddp.module.named_parameters())
     outcome = Outcome([], [], "", 0.0, set(), {})
@@ -182,6 +191,15 @@ def delayed_worker(generator: torch.Generator) -> Iterator[None]:
         Channel._run = run  # type: ignore[method-assign]
 
 
+@contextmanager
+def on_side_stream() -> Iterator[None]:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def batches(steps: int, rank: int, first: int = 0) -> Iterator[torch.Tensor]:
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(1000 * step + rank)
@@ -192,7 +210,7 @@ def step(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer, job: Jo
     optimizer.zero_grad(set_to_none=not job.ddp.get("gradient_as_bucket_view", False))
     for i in range(job.accumulate):
         with ddp.no_sync() if i + 1 < job.accumulate else nullcontext():
-            loss = (ddp(x + 0.1 * i).float() - 0.5).square().mean()
+            loss = (ddp(x.to(job.device()) + 0.1 * i).float() - 0.5).square().mean()
             loss.backward()
     optimizer.step()
     return loss.item()
@@ -208,6 +226,7 @@ def train(job: Job) -> Outcome:
     steps = job.steps - rank if job.uneven else job.steps
     generator = torch.Generator().manual_seed(rank)
     with (
+        on_side_stream() if job.side_stream else nullcontext(),
         delayed_worker(generator) if job.delays else nullcontext(),
         Join([ddp]) if job.uneven else nullcontext(),
     ):
@@ -217,6 +236,8 @@ def train(job: Job) -> Outcome:
                 outcome.voted.append(
                     {name: in_memory_order(p.grad) for name, p in ddp.module.named_parameters() if p.grad is not None}
                 )
+    for recorded in outcome.local + outcome.voted:
+        recorded.update({name: x.cpu() for name, x in recorded.items()})  # only now: it waits for the device
     outcome.digest = digest(ddp.module)
     outcome.stats = state.stats().as_dict()
     return outcome
