@@ -51,8 +51,11 @@ class MajorityVoteState:
     Memory per coordinate: 4 bytes of momentum (8 for float64, none with ``momentum=0.0``) and, for messages between M
     ranks, 3 bits if ``"sharded"``, M + 2 bits if ``"allgather"``, and if ``"server"`` 2 bits, on rank 0 two more
     and as many as M has in base 2. From the second step on nothing of that size is allocated, apart from what gloo
-    itself needs for a collective. If the gradients are on a CUDA device, so are the momentum and 2.4 more bits; what is
-    sent and received lies in host memory, pinned. All gradients of a state are on one device. (No GPU has run it yet.)
+    itself needs for a collective. If the gradients are on a CUDA device, so are the momentum and 2.4 more bits: what is
+    packed, what was voted and tables of where they lie, of which the hook does not need those for votes on the device
+    (0.1 bits). The messages that this rank packs and unpacks are then in pinned host memory, whose blocks torch rounds
+    up to powers of two; what it receives from others is not pinned. All gradients of a state are on one device. (No GPU
+    has run it yet.)
 
     Args:
         process_group: The ranks that vote. Default: all. A gloo group of its own is made over the same ranks, so the
@@ -165,7 +168,7 @@ class MajorityVoteState:
         """
         if self._channel is None or not self._channel.alive:
             self._check_process_group()
-            self._plans.clear()
+            self._drop_plans()
             self._failure = None
             try:
                 self._channel = Channel(self.process_group, self.timeout, self._traffic)
@@ -191,11 +194,14 @@ class MajorityVoteState:
     def close(self) -> None:
         """End the worker thread and the state's own group now, rather than with ``destroy_process_group()``.
 
+        Memory for messages is freed too, momentum stays.
+
         For a state that is given up while training goes on. It can be used again: it then makes a new group, so all
         ranks must close it, between steps.
         """
         if self._channel is not None:
             self._channel.close()
+        self._drop_plans()
 
     def plan(self, channel: Channel, bucket: dist.GradBucket) -> BucketPlan:  # type: ignore[name-defined]
         """The plan of ``bucket``: made when DDP first shows it, and anew when DDP has rebuilt its buckets."""
@@ -219,6 +225,11 @@ class MajorityVoteState:
         name = self.vote_name(channel, index)
         channel.submit(lambda: self._agree(channel, name, description))
         return plan
+
+    def _drop_plans(self) -> None:
+        """Let go of the buckets' memory, and of the device that they were on."""
+        self._plans.clear()
+        self._device = self._streams = None
 
     def _use_device(self, bucket_index: int, device: torch.device) -> None:
         if self._device is None:
@@ -347,7 +358,7 @@ class MajorityVoteState:
         self.options = replace(self.options, seed=state_dict["seed"])
         self.step = state_dict["step"]
         self._momentum = MomentumByPlace(momentum)
-        self._plans.clear()
+        self._drop_plans()
         self._last_bucket = -1
 
     def _known_names(self, caller: str) -> list[str]:

@@ -17,8 +17,9 @@ class VoteStats:
         pack_seconds, exchange_seconds, vote_seconds, unpack_seconds: Time in each phase. Exchange and vote run on the
             worker thread beside the backward pass; exchange includes waiting for slower ranks. For gradients on a CUDA
             device, pack and unpack are the device's time, by its events: from the start of packing until the words
-            are in host memory, and from the start of the words' way back until the bucket is written. Of each bucket's
-            last vote, the unpacking is not yet in it.
+            are in host memory, and from the start of the words' way back until the bucket is written. The latter is
+            read when the bucket is packed again: each bucket's last vote is not yet in it, and never will be if DDP
+            then rebuilds its buckets, a checkpoint is loaded or the group is made anew.
         codec_nanoseconds_per_coordinate: Time to pack, vote and unpack over ``coordinates``: what the compression
             itself costs. 1 is a millisecond for a million coordinates.
         zero_rate: Share of this rank's coordinates that were exactly zero when packed.
