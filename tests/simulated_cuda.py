@@ -3,9 +3,14 @@
 What is queued on a stream is done as late as it may be: when the host waits for it, or for something after it. Memory
 that is freed is overwritten as early as it may be: when the stream it was allocated on, and those it was recorded on,
 have done what was queued on them. So a wait, an event or a ``record_stream`` that is missing shows in the results, or
-as a write to memory that is no longer the writer's, which :meth:`Device.finish` finds.
+as a write to memory that is no longer the writer's, which :meth:`Device.finish` finds. A call for which CUDA would use
+the current device fails in a thread that has not made ``cuda:1`` its own: threads begin with ``cuda:0``.
 
-"Device memory" is ordinary memory, held by tensors that say they are on ``cuda:0``; kernels are the CPU's ops.
+"Device memory" is ordinary memory, held by tensors that say they are on ``cuda:1``; kernels are the CPU's ops.
+
+Not covered: the kernels and how they are launched (``cuda.launch``, ``cuda_runs`` and its ``DeviceRuns`` are replaced,
+and with them the tables of pieces and their ``record_stream``), work that is done early or half, the allocator of
+pinned memory, and several devices.
 """
 
 from __future__ import annotations
@@ -22,7 +27,14 @@ from torch._C import DisableTorchFunctionSubclass
 
 from signvote import cuda, cuda_runs, runs
 
+CUDA = torch.device("cuda", 1)
 GARBAGE = 0xA5
+
+# What goes wrong, as errors say it.
+FREED_MEMORY = "memory was written to after it was freed"
+WRONG_DEVICE = "another device is current"
+NO_TIME = "an event has no time"
+WAITS = "the thread that computes waits for the device"
 
 
 class Device:
@@ -38,6 +50,7 @@ class Device:
         self.freed: list[torch.Tensor] = []
         self.allocations = 0
         self.waiting_copies = 0
+        self.checks_times = True
 
     def current(self) -> Stream:
         """Of this thread; a thread that has chosen none has one of its own, where CUDA has one for all of them."""
@@ -46,12 +59,20 @@ class Device:
         stream: Stream = self.local.stream
         return stream
 
+    @property
+    def index(self) -> int:
+        """Of the device that is current in this thread."""
+        return getattr(self.local, "index", 0)
+
+    def check_current(self) -> None:
+        assert self.index == CUDA.index, WRONG_DEVICE
+
     def finish(self) -> None:
         """Do all that is queued, and check that freed memory is as it was left."""
         for stream in self.streams:
             stream.run(len(stream.tasks))
         for memory in self.freed:
-            assert (memory == GARBAGE).all(), "memory was written to after it was freed"
+            assert (memory == GARBAGE).all(), FREED_MEMORY
 
 
 DEVICE = Device()
@@ -59,7 +80,7 @@ DEVICE = Device()
 
 def waits() -> None:
     """Where the host waits for the device. Only the worker of a state may: beside it the backward pass goes on."""
-    assert threading.current_thread().name.startswith("signvote"), "the thread that computes waits for the device"
+    assert threading.current_thread().name.startswith("signvote"), WAITS
 
 
 class Stream:
@@ -81,6 +102,10 @@ class Stream:
                 task()
 
     def wait_event(self, event: Event) -> None:
+        DEVICE.check_current()
+        self.wait(event)
+
+    def wait(self, event: Event) -> None:
         if event.place is not None:
             stream, end = event.place
             self.queue(lambda: stream.run(end))
@@ -92,19 +117,27 @@ class Event:
         self.enable_timing = enable_timing
 
     def record(self, stream: Stream) -> None:
+        DEVICE.check_current()
+        self.mark(stream)
+
+    def mark(self, stream: Stream) -> None:
         with DEVICE.lock:
             self.place = stream, len(stream.tasks)
 
     def synchronize(self) -> None:
+        DEVICE.check_current()
         waits()
         if self.place is not None:
             self.place[0].run(self.place[1])
 
     def elapsed_time(self, end: Event) -> float:
-        for event in (self, end):
-            assert event.enable_timing
-            assert event.place is not None, "an event that was not recorded"
+        DEVICE.check_current()
+        if DEVICE.checks_times:
+            assert all(event.enable_timing and event.is_done() for event in (self, end)), NO_TIME
         return 1.0
+
+    def is_done(self) -> bool:
+        return self.place is not None and self.place[0].done >= self.place[1]
 
 
 @contextmanager
@@ -117,6 +150,31 @@ def stream_context(stream: Stream) -> Iterator[None]:
         DEVICE.local.stream = before
 
 
+@contextmanager
+def checked_stream_context(stream: Stream) -> Iterator[None]:
+    """As ``torch.cuda.stream``, which asks the current device for its stream."""
+    DEVICE.check_current()
+    with stream_context(stream):
+        yield
+    DEVICE.check_current()
+
+
+def current_stream(device: torch.device | None = None) -> Stream:
+    if device is None:
+        DEVICE.check_current()
+    return DEVICE.current()
+
+
+@contextmanager
+def device_context(device: torch.device | int) -> Iterator[None]:
+    before = DEVICE.index
+    DEVICE.local.index = device if isinstance(device, int) else device.index
+    try:
+        yield
+    finally:
+        DEVICE.local.index = before
+
+
 class Future:
     """As ``torch.futures.Future``: of values on devices that it was not told of it knows no events."""
 
@@ -126,17 +184,28 @@ class Future:
         self.result: Any = None
         self.error: Exception | None = None
         self.event = Event()
+        self.device_index = 0
         self.callbacks: list[Callable[[], None]] = []
         self.lock = threading.RLock()
 
     def set_result(self, value: Any) -> None:
+        if self.devices:
+            DEVICE.check_current()
         self.result = value
         if self.devices and isinstance(value, Tensor):
-            self.event.record(DEVICE.current())
+            self.event.mark(DEVICE.current())
         self._complete()
+
+    def set_exception(self, error: Exception) -> None:
+        self.error = error
+        self._complete()
+
+    def done(self) -> bool:
+        return self.is_done.is_set()
 
     def _complete(self) -> None:
         with self.lock:
+            self.device_index = DEVICE.index
             self.is_done.set()
             callbacks = self.callbacks
         for callback in callbacks:
@@ -147,13 +216,12 @@ class Future:
 
         def call() -> None:
             own = Stream()
-            own.wait_event(self.event)
-            with stream_context(own) if self.devices else ExitStack():
+            own.wait(self.event)
+            with device_context(self.device_index), stream_context(own) if self.devices else ExitStack():
                 try:
                     result = callback(self)
                 except Exception as error:
-                    child.error = error
-                    child._complete()
+                    child.set_exception(error)
                 else:
                     child.set_result(result)
 
@@ -173,7 +241,7 @@ class Future:
     def wait(self) -> Any:
         assert self.is_done.wait(30), "no result within 30 s"
         if self.error is None and self.devices and isinstance(self.result, Tensor):
-            DEVICE.current().wait_event(self.event)
+            DEVICE.current().wait(self.event)
             self.result.memory.streams.append(DEVICE.current())
         return self.value()
 
@@ -211,11 +279,12 @@ class Tensor(torch.Tensor):
         name = func.__name__
         with DisableTorchFunctionSubclass():
             if name in ("new_zeros", "new_empty"):
-                return allocate(torch.zeros(args[1], dtype=kwargs["dtype"]))
+                return new_memory(args[1], kwargs["dtype"], is_zeroed=name == "new_zeros")
             if name in ("copy_", "fill_"):
                 return begin(func, args, **kwargs)
             if name == "to":
                 assert args[1] == "cpu"
+                DEVICE.waiting_copies += 1
                 DEVICE.current().run(len(DEVICE.current().tasks))
                 return raw(x).clone()
             if name in VIEWS or func in FACTS:
@@ -235,7 +304,7 @@ FACTS = {
 }
 CONSTANTS: dict[Any, Any] = {
     torch.Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
-    torch.Tensor.device.__get__: torch.device("cuda", 0),
+    torch.Tensor.device.__get__: CUDA,
 }
 
 
@@ -255,9 +324,18 @@ def wrap(x: Any, memory: Memory) -> Any:
 
 def allocate(memory: torch.Tensor) -> Any:
     """``memory`` as a tensor on the device, allocated on the current stream."""
-    DEVICE.allocations += 1
     with DisableTorchFunctionSubclass():
         return wrap(memory, Memory(memory))
+
+
+def new_memory(shape: Any, dtype: torch.dtype, *, is_zeroed: bool) -> Any:
+    """With whatever was there before; zeros come later, as a kernel on the current stream."""
+    DEVICE.allocations += 1
+    memory = torch.empty(shape, dtype=dtype, device="cpu")
+    memory.view(-1).view(torch.uint8).fill_(GARBAGE)
+    if is_zeroed:
+        DEVICE.current().queue(memory.zero_)
+    return allocate(memory)
 
 
 def begin(func: Any, args: Any, non_blocking: bool = False) -> Any:
@@ -272,6 +350,7 @@ def begin(func: Any, args: Any, non_blocking: bool = False) -> Any:
 
 
 def pin_memory(x: torch.Tensor) -> torch.Tensor:
+    DEVICE.check_current()  # the memory is pinned for that one
     pinned = x.clone()
     pinned.is_in_pinned_memory = True  # type: ignore[attr-defined]
     return pinned
@@ -286,7 +365,8 @@ def pack_runs(
         assert source is not None
         assert words is not None
         assert found is not None
-        found[:] = torch.tensor(runs.pack_runs(source, kept, coefficients, pieces, words, zeros=zeros, seed=seed))
+        counted = runs.pack_runs(source, kept, coefficients, pieces, words, zeros=zeros, seed=seed)
+        found[:] = torch.tensor(counted, device="cpu")
 
     DEVICE.current().queue(kernel)
 
@@ -306,8 +386,10 @@ PATCHES: dict[Any, dict[str, Any]] = {
     torch.cuda: {
         "Stream": Stream,
         "Event": Event,
-        "current_stream": lambda device=None: DEVICE.current(),
-        "stream": stream_context,
+        "current_stream": current_stream,
+        "stream": checked_stream_context,
+        "device": device_context,
+        "is_current_stream_capturing": lambda: False,
     },
     torch.futures: {"Future": Future},
     torch.Tensor: {"pin_memory": pin_memory},

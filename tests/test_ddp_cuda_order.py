@@ -1,17 +1,19 @@
 """What the hook begins on a CUDA device is ordered: shown without a GPU, on the device that simulated_cuda describes.
 
 The whole hook runs, on real gloo ranks, with kernels of the CPU that are done as late as streams and events allow. Then
-each line that orders them is left out, one after the other, and each time something must go wrong.
+each line that orders them is left out, one after the other, and each time what must go wrong then does.
 """
 
 from __future__ import annotations
 
 import gc
+import linecache
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from torch import nn
 import simulated_cuda
 from ddp_simulation import Simulation
 from ranks import RankPool
-from signvote import cuda
+from signvote import cuda, cuda_runs, runs
 from signvote.ddp import MajorityVoteState, codec, hook, majority_vote_hook, momentum
 from simulated_cuda import DEVICE, Stream, allocate, raw, simulated, stream_context
 
@@ -36,7 +38,7 @@ STEPS = 7
 SAVED_AT = 3  # and loaded into another state
 POISONED = (0, 5, "a")  # which makes its bucket, {"a", "c"}, NaN on all ranks
 
-# What orders work on the device, or keeps its memory: (where it is found, its name).
+# What orders work on the device, keeps its memory or makes it current: (where it is found, its name).
 ORDERING = [
     (simulated_cuda.Stream, "wait_event"),
     (simulated_cuda.Event, "record"),
@@ -45,8 +47,21 @@ ORDERING = [
     (simulated_cuda.Tensor, "record_stream"),
     (torch.Tensor, "pin_memory"),
     (torch.futures, "Future"),
+    (codec.CudaCodec, "on_device"),
 ]
 SOURCES = {str(module.__file__): Path(str(module.__file__)).name for module in (codec, hook, momentum)}
+
+# What can go wrong, by what an error says. A message that is copied too early or too late shows in its trailer: it is
+# then another one's, or has counts of garbage.
+VOTES, MEMORY, COST, DEVICE_USED, TIMES, OTHER = "votes", "freed memory", "cost", "wrong device", "times", "other"
+KINDS = {
+    simulated_cuda.FREED_MEMORY: MEMORY,
+    "ranks are out of step": VOTES,
+    "out of bounds for int32": VOTES,
+    simulated_cuda.WAITS: COST,
+    simulated_cuda.WRONG_DEVICE: DEVICE_USED,
+    simulated_cuda.NO_TIME: TIMES,
+}
 
 
 class Bucket:
@@ -85,25 +100,29 @@ def gradients(rank: int, step: int, name: str) -> torch.Tensor:
     return x
 
 
-def train() -> tuple[list[dict[str, torch.Tensor]], int]:
-    """The votes of each step, and how often the hook allocated or waited for a copy in the steps but the first.
+Votes = list[dict[str, torch.Tensor]]
+
+
+def train(**options: Any) -> tuple[Votes, int]:
+    """The votes of each step, and how often the hook allocated or waited for a copy in steps that change no bucket.
 
     The backward pass of each step runs on another stream, whoever needs the votes is on a third one, and none of them
     waits for anything but the future.
     """
     rank = dist.get_rank()
     parameters = {name: nn.Parameter(torch.zeros(numel)) for name, numel in NUMELS.items()}
-    state = new_state(parameters)
+    state = new_state(parameters, **options)
     backward, reader, elsewhere = (Stream(), Stream()), Stream(), Stream()
-    votes: list[dict[str, torch.Tensor]] = [{} for _ in range(STEPS)]
+    votes: Votes = [{} for _ in range(STEPS)]
     kept = []
     costs = 0
     for step in range(STEPS):
         futures = []
         if step == SAVED_AT:
             saved = state.state_dict()
-            state = new_state(parameters)
+            state = new_state(parameters, **options)
             state.load_state_dict(saved)
+        before = DEVICE.allocations + DEVICE.waiting_copies
         with stream_context(backward[step % 2]):
             buckets = BUCKETS if step else FIRST_BUCKETS
             for index, names in enumerate(buckets):
@@ -112,16 +131,15 @@ def train() -> tuple[list[dict[str, torch.Tensor]], int]:
                     buffer = allocate(torch.zeros_like(gradient))
                 memory = raw(buffer)
                 backward[step % 2].queue(partial(memory.copy_, gradient))
-                before = DEVICE.allocations + DEVICE.waiting_copies
                 bucket = Bucket(index, [parameters[name] for name in names], buffer, index + 1 == len(buckets))
                 futures.append((call_hook(state, bucket), names, memory))
-                if step not in (0, 1, SAVED_AT):
-                    costs += DEVICE.allocations + DEVICE.waiting_copies - before
                 kept.append(buffer)
         with stream_context(reader):
             for future, names, memory in futures:
                 future.wait()
                 reader.queue(partial(read, memory, names, votes[step]))
+        if step not in (0, 1, SAVED_AT):
+            costs += DEVICE.allocations + DEVICE.waiting_copies - before
         if step % 2:
             reader.run(len(reader.tasks))
         if step == 2:
@@ -131,8 +149,27 @@ def train() -> tuple[list[dict[str, torch.Tensor]], int]:
     return votes, costs
 
 
-def new_state(parameters: dict[str, nn.Parameter]) -> MajorityVoteState:
-    state = MajorityVoteState()
+def train_on_the_cpu(**options: Any) -> tuple[Votes, int]:
+    """The same votes by a rank without a device."""
+    parameters = {name: nn.Parameter(torch.zeros(numel)) for name, numel in NUMELS.items()}
+    state = new_state(parameters, **options)
+    votes: Votes = [{} for _ in range(STEPS)]
+    for step in range(STEPS):
+        if step == SAVED_AT:
+            saved = state.state_dict()
+            state = new_state(parameters, **options)
+            state.load_state_dict(saved)
+        buckets = BUCKETS if step else FIRST_BUCKETS
+        for index, names in enumerate(buckets):
+            buffer = torch.cat([gradients(dist.get_rank(), step, name) for name in names])
+            bucket = Bucket(index, [parameters[name] for name in names], buffer, index + 1 == len(buckets))
+            read(call_hook(state, bucket).wait(), names, votes[step])
+    call_hook(state, Bucket(0, [parameters["b"]], torch.zeros(NUMELS["b"]), False)).wait()  # as in finish()
+    return votes, 0
+
+
+def new_state(parameters: dict[str, nn.Parameter], **options: Any) -> MajorityVoteState:
+    state = MajorityVoteState(**options)
     state.name_parameters(parameters.items())
     return state
 
@@ -176,6 +213,8 @@ def left_out(place: tuple[str, int] | None, seen: set[tuple[str, int, str]]) -> 
                 return stream_context(DEVICE.current())
             if name == "Future":
                 return right()
+            if name == "on_device":
+                return nullcontext()
             return arguments[0] if name == "pin_memory" else None
 
         return mock.patch.object(owner, name, called)
@@ -190,62 +229,104 @@ def left_out(place: tuple[str, int] | None, seen: set[tuple[str, int, str]]) -> 
             one.stop()
 
 
-def train_on_the_simulated_device(place: tuple[str, int] | None = None) -> tuple[Any, set[tuple[str, int, str]]]:
-    seen: set[tuple[str, int, str]] = set()
+Seen = set[tuple[str, int, str]]
+
+
+def train_on_the_simulated_device(
+    place: tuple[str, int] | None = None, checks_times: bool = True, options: dict[str, Any] | None = None
+) -> tuple[tuple[Votes, int], Seen]:
+    seen: Seen = set()
     with simulated(), buckets_of_ours(), left_out(place, seen):
-        return train(), seen
+        DEVICE.checks_times = checks_times
+        return train(**options or {}), seen
 
 
-def goes_wrong(outcomes: list[Any]) -> str | None:
-    """What is wrong with the votes of all ranks, or with what they cost, if anything."""
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            return str(outcome).strip().splitlines()[-1]
+def train_on_mixed_ranks(cpu_rank: int, options: dict[str, Any]) -> tuple[tuple[Votes, int], Seen]:
+    if dist.get_rank() != cpu_rank:
+        return train_on_the_simulated_device(options=options)
+    with buckets_of_ours():
+        return train_on_the_cpu(**options), set()
+
+
+def what_goes_wrong(outcomes: list[Any]) -> tuple[str, str] | None:
+    """The kind of what is wrong with the votes of all ranks, or with what they cost, if anything; and its text."""
+    errors = [str(outcome) for outcome in outcomes if isinstance(outcome, BaseException)]
+    if errors:
+        # Of several ranks one may only tell of the end of another.
+        found = [(kind, said) for error in errors for said, kind in KINDS.items() if said in error]
+        return found[0] if found else (OTHER, errors[0])
     simulation = Simulation(len(outcomes), list(NUMELS))
     for step in range(STEPS):
         local = [{name: gradients(rank, step, name) for name in NUMELS} for rank in range(len(outcomes))]
         expected = simulation.vote(local)
         if step == POISONED[1]:
             expected.update({name: torch.full_like(expected[name], torch.nan) for name in ("a", "c")})
-        for (votes, costs), _ in outcomes:
-            if costs != 0:
-                return f"{costs} allocations and copies that wait"
+        for (votes, _), _ in outcomes:
             for name in NUMELS:
                 if name not in votes[step] or not votes[step][name].allclose(expected[name], 0, 0, equal_nan=True):
-                    return f"the vote of step {step}"
+                    return VOTES, f"in step {step}"
+    for (_, costs), _ in outcomes:
+        if costs != 0:
+            return COST, f"{costs} allocations and copies that wait"
     return None
 
 
-def test_order(ranks: RankPool) -> None:
-    assert goes_wrong(ranks.outcomes(train_on_the_simulated_device, world=2)) is None
+@pytest.mark.parametrize("topology", ["sharded", "allgather", "server"])
+def test_order(ranks: RankPool, topology: str) -> None:
+    options = {"topology": topology}
+    assert what_goes_wrong(ranks.outcomes(train_on_the_simulated_device, None, True, options, world=2)) is None
+
+
+@pytest.mark.parametrize("topology", ["sharded", "allgather", "server"])
+@pytest.mark.parametrize("cpu_rank", [0, 1])
+def test_ranks_with_and_without_a_device_vote_together(ranks: RankPool, cpu_rank: int, topology: str) -> None:
+    outcomes = ranks.outcomes(train_on_mixed_ranks, cpu_rank, {"topology": topology}, world=2)
+    assert what_goes_wrong(outcomes) is None
+
+
+def expected_without(source: str, line: int, name: str) -> set[str | None]:
+    """What may go wrong without one line. Times are not looked at, so that they hide nothing else."""
+    path = next(path for path, short in SOURCES.items() if short == source)
+    if name == "record" and "_began" in linecache.getline(path, line):
+        return {None}
+    return {"pin_memory": {COST}, "on_device": {DEVICE_USED}}.get(name, {VOTES, MEMORY})  # type: ignore[return-value]
 
 
 def test_every_line_that_orders_is_needed(ranks: RankPool) -> None:
     (_, seen), _ = ranks.run(train_on_the_simulated_device, world=2)
-    assert len(seen) >= 10
-    needless = []
+    assert len(seen) >= 20
+    assert len({(source, line) for source, line, _ in seen}) == len(seen)
+    surprises, timing = [], []
     for source, line, name in sorted(seen):
-        problem = goes_wrong(ranks.outcomes(train_on_the_simulated_device, (source, line), world=2))
+        problem = what_goes_wrong(ranks.outcomes(train_on_the_simulated_device, (source, line), False, world=2))
         print(f"{source}:{line} without {name}: {problem}")
-        if problem is None:
-            needless.append((source, line, name))
-    assert needless == []
+        allowed = expected_without(source, line, name)
+        if (problem and problem[0]) not in allowed:
+            surprises.append((source, line, name, problem))
+        if allowed == {None}:
+            timing.append((source, line))
+    assert surprises == []
+    assert len(timing) == 2
+    for place in timing:
+        problem = what_goes_wrong(ranks.outcomes(train_on_the_simulated_device, place, True, world=2))
+        assert problem is not None
+        assert problem[0] == TIMES
 
 
 def fail_with_work_on_the_device(waits_also_after_a_failure: bool) -> None:
     """An exchange fails while the next bucket is packed on another stream than its momentum was made on."""
     parameters = [nn.Parameter(torch.zeros(100)) for _ in range(2)]
-    address = hook._address
+    finish_message = hook._finish_message
 
-    def address_unless_failed(vote: Any) -> None:
+    def finish_unless_failed(vote: Any) -> None:
         if vote.state.failure is None:
-            address(vote)
+            finish_message(vote)
 
     def buckets() -> list[Bucket]:
         return [Bucket(i, [parameters[i]], allocate(torch.zeros(100)), i == 1) for i in range(2)]
 
-    patched = address if waits_also_after_a_failure else address_unless_failed
-    with simulated(), buckets_of_ours(), mock.patch.object(hook, "_address", patched):
+    patched = finish_message if waits_also_after_a_failure else finish_unless_failed
+    with simulated(), buckets_of_ours(), mock.patch.object(hook, "_finish_message", patched):
         state = MajorityVoteState()
         with stream_context(Stream()):
             for future in [call_hook(state, bucket) for bucket in buckets()]:
@@ -270,7 +351,7 @@ def fail_with_work_on_the_device(waits_also_after_a_failure: bool) -> None:
 def test_after_a_failure_nothing_is_left_to_do(ranks: RankPool) -> None:
     ranks.run(fail_with_work_on_the_device, True, world=2)
     for outcome in ranks.outcomes(fail_with_work_on_the_device, False, world=2):
-        assert "memory was written to after it was freed" in str(outcome)
+        assert simulated_cuda.FREED_MEMORY in str(outcome)
 
 
 def use_two_devices() -> str:
@@ -285,16 +366,162 @@ def use_two_devices() -> str:
 
 def test_gradients_on_several_devices_are_refused(ranks: RankPool) -> None:
     assert ranks.run(use_two_devices, world=1) == [
-        "majority_vote_hook: bucket 1: expected gradients on cuda:0, as before, got cpu: all gradients of a state are "
+        "majority_vote_hook: bucket 1: expected gradients on cuda:1, as before, got cpu: all gradients of a state are "
         "on one device; use one process for each device"
     ]
+
+
+def one_bucket(state: MajorityVoteState, parameter: nn.Parameter) -> Any:
+    return call_hook(state, Bucket(0, [parameter], allocate(torch.zeros(100)), True))
+
+
+def move_to_the_device() -> None:
+    """A state that has voted on the CPU goes on on the device, once it has been closed."""
+    state, parameter = MajorityVoteState(), nn.Parameter(torch.zeros(100))
+    with buckets_of_ours():
+        call_hook(state, Bucket(0, [parameter], torch.zeros(100), True)).wait()
+        plan = weakref.ref(state._plans[0].exchange)
+        state.close()
+        gc.collect()
+        assert plan() is None
+        with simulated():
+            one_bucket(state, parameter).wait()
+            DEVICE.finish()
+
+
+def test_closed_state_lets_go_of_memory_and_device(ranks: RankPool) -> None:
+    ranks.run(move_to_the_device, world=2)
+
+
+def fail_on_the_device(op: str) -> list[str]:
+    """Errors of a first vote in which ``op`` fails, and of the next one."""
+    state, parameter = MajorityVoteState(), nn.Parameter(torch.zeros(100))
+    errors = []
+    with simulated(), buckets_of_ours():
+        with mock.patch.object(cuda_runs, op, side_effect=RuntimeError("CUDA error: out of luck")):
+            with pytest.raises(RuntimeError) as info:
+                one_bucket(state, parameter).wait()
+            errors.append(str(info.value))
+        with pytest.raises(RuntimeError) as info:
+            one_bucket(state, parameter)
+        errors.append(str(info.value))
+    return errors
+
+
+@pytest.mark.parametrize(("op", "phase"), [("pack_runs", "packing"), ("unpack_runs", "unpacking")])
+def test_errors_of_the_device_name_the_phase_and_stay(ranks: RankPool, op: str, phase: str) -> None:
+    expected = f"signvote: rank 0, step 1, bucket 0: {phase} on cuda:1: CUDA error: out of luck"
+    assert ranks.run(fail_on_the_device, op, world=1) == [[expected] * 2]
+
+
+def wait_on_a_device_that_is_gone() -> str:
+    state, parameter = MajorityVoteState(), nn.Parameter(torch.zeros(100))
+    gone = RuntimeError("CUDA error: fallen off the bus")
+    with (
+        simulated(),
+        buckets_of_ours(),
+        mock.patch.object(simulated_cuda.Event, "synchronize", side_effect=gone),
+        pytest.raises(RuntimeError) as info,
+    ):
+        one_bucket(state, parameter).wait()
+    return str(info.value)
+
+
+def test_error_found_by_waiting_names_the_phase(ranks: RankPool) -> None:
+    expected = "signvote: rank 0, step 1, bucket 0: packing on cuda:1: CUDA error: fallen off the bus"
+    assert ranks.run(wait_on_a_device_that_is_gone, world=1) == [expected]
+
+
+def fail_on_the_way_to_the_callback(owner: Any, name: str) -> list[str]:
+    state, parameter = MajorityVoteState(), nn.Parameter(torch.zeros(100))
+    right, errors = getattr(owner, name), []
+
+    def fail_on_the_worker(*arguments: Any) -> Any:
+        if threading.current_thread().name.startswith("signvote") and arguments[1:] in ((None,), ()):
+            raise RuntimeError("CUDA error: fallen off the bus")
+        return right(*arguments)
+
+    with simulated(), buckets_of_ours():
+        with mock.patch.object(owner, name, fail_on_the_worker):
+            with pytest.raises(RuntimeError) as info:
+                one_bucket(state, parameter).wait()
+            errors.append(str(info.value))
+        with pytest.raises(RuntimeError) as info:
+            one_bucket(state, parameter)
+        errors.append(str(info.value))
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(simulated_cuda.Future, "set_result"), (codec.CudaCodec, "on_device")], ids=["future", "device"]
+)
+def test_error_on_the_way_to_the_callback_ends_the_backward_pass(ranks: RankPool, owner: Any, name: str) -> None:
+    expected = "signvote: rank 0, step 1, bucket 0: CUDA error: fallen off the bus"
+    assert ranks.run(fail_on_the_way_to_the_callback, owner, name, world=1) == [[expected] * 2]
+
+
+def vote_with_another_default_device(has_device: bool, topology: str) -> None:
+    state, parameter = MajorityVoteState(topology=topology), nn.Parameter(torch.zeros(100))
+    with simulated() if has_device else nullcontext(), buckets_of_ours():
+        buffer = allocate(torch.zeros(100)) if has_device else torch.zeros(100)
+        bucket = Bucket(0, [parameter], buffer, True)
+        with torch.device("meta"):
+            future = call_hook(state, bucket)
+        future.wait()
+        if has_device:
+            DEVICE.finish()
+        assert raw(buffer).abs().tolist() == [1.0] * 100
+
+
+@pytest.mark.parametrize("topology", ["sharded", "allgather", "server"])
+@pytest.mark.parametrize("has_device", [False, True])
+def test_memory_is_the_hosts_whatever_the_default_device(ranks: RankPool, has_device: bool, topology: str) -> None:
+    ranks.run(vote_with_another_default_device, has_device, topology, world=2)
+
+
+def capture_a_graph() -> None:
+    with (
+        simulated(),
+        buckets_of_ours(),
+        mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+        pytest.raises(RuntimeError, match="bucket 0: expected a backward pass outside of CUDA graphs"),
+    ):
+        one_bucket(MajorityVoteState(), nn.Parameter(torch.zeros(100)))
+
+
+def test_capture_of_a_graph_is_refused(ranks: RankPool) -> None:
+    ranks.run(capture_a_graph, world=1)
+
+
+def use_threads() -> tuple[list[int], int]:
+    """How many threads the votes of three buckets used, and torch's setting."""
+    state, parameters = MajorityVoteState(), [nn.Parameter(torch.zeros(100)) for _ in range(3)]
+    used: list[int] = []
+
+    def recording(*arguments: Any, **options: Any) -> Any:
+        used.append(options["num_threads"])
+        return runs.vote_runs(*arguments, **options)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with simulated(), buckets_of_ours(), mock.patch.object(hook, "vote_runs", recording):
+            for i, parameter in enumerate(parameters):
+                call_hook(state, Bucket(i, [parameter], allocate(torch.zeros(100)), i == 2)).wait()
+        return used, torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_votes_beside_a_backward_pass_on_the_device_use_all_threads(ranks: RankPool) -> None:
+    assert ranks.run(use_threads, world=2) == [([3, 3, 3], 3)] * 2
 
 
 def test_first_cuda_bucket_needs_the_cuda_part(monkeypatch: pytest.MonkeyPatch) -> None:
     with simulated(), buckets_of_ours():
         bucket = Bucket(0, [nn.Parameter(torch.zeros(100))], allocate(torch.zeros(100)), True)
     monkeypatch.setattr(cuda, "find_module", lambda: None)
-    expected = "majority_vote_hook: bucket 0 is on device cuda:0, but signvote was built without its CUDA part: "
+    expected = "majority_vote_hook: bucket 0 is on device cuda:1, but signvote was built without its CUDA part: "
     with buckets_of_ours(), pytest.raises(RuntimeError, match=expected) as info:
         call_hook(MajorityVoteState(), bucket)
     assert cuda.BUILD_COMMAND in str(info.value)

@@ -2,11 +2,12 @@
 
 # No `from __future__ import annotations` here: DDP compares the hook's annotations with the classes themselves.
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,10 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from signvote import _core, cuda
 from signvote.ddp import trailer
 from signvote.ddp.channel import Channel
+from signvote.ddp.codec import DeviceError
 from signvote.ddp.state import BucketPlan, MajorityVoteState
 from signvote.ddp.trailer import Trailer, vote_tag
 from signvote.runs import vote_runs
 from signvote.tally import VoteTally
+
+_logger = logging.getLogger(__name__)
 
 # What a coin is drawn for.
 _ZEROS, _TIES = range(2)
@@ -35,13 +39,7 @@ class _Vote:
     index: int
     name: str  # for errors: rank, step and bucket
     buffer: torch.Tensor
-    num_threads: int  # torch's setting on the thread that computes
     is_last: bool
-
-    @property
-    def num_threads_of_worker(self) -> int:
-        """Beside the backward pass the worker thread takes no other CPU from it; after the last bucket it is over."""
-        return self.num_threads if self.is_last else 1
 
 
 def majority_vote_hook(
@@ -64,7 +62,7 @@ def majority_vote_hook(
     Raises:
         RuntimeError: From ``backward()``, naming rank, step, bucket and phase, if another rank has died, does not
             answer within the timeout, or has other options. For gradients on a CUDA device, if signvote was built
-            without its CUDA part.
+            without its CUDA part, if the device fails, or while a CUDA graph is captured.
         TypeError, ValueError: For sparse gradients, gradients on several devices or of another dtype.
 
     Example::
@@ -86,15 +84,15 @@ def majority_vote_hook(
         index=bucket.index(),
         name=state.vote_name(channel, bucket.index()),
         buffer=bucket.buffer(),
-        num_threads=torch.get_num_threads(),
         is_last=bucket.is_last(),
     )
     _pack(vote)
 
     future = plan.codec.new_future()
-    channel.submit(lambda: _exchange(vote, future))
     # Raised in a callback an error reaches the caller of backward() whole; Future.set_exception would lose its text.
-    return future.then(lambda done: _unpack(vote, done.value()))
+    returned = future.then(lambda done: _unpack(vote, done.value()))
+    channel.submit(lambda: _exchange(vote, future, returned))
+    return returned
 
 
 def attach(
@@ -147,6 +145,11 @@ def _check_bucket(bucket: object) -> None:
         )
     if buffer.is_cuda:
         cuda.module_for("majority_vote_hook", f"bucket {bucket.index()}", buffer.device)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"majority_vote_hook: bucket {bucket.index()}: expected a backward pass outside of CUDA graphs, got "
+                "one that is being captured: a graph has no place for what the CPU exchanges between ranks"
+            )
     elif buffer.device.type != "cpu":
         raise ValueError(
             f"majority_vote_hook: bucket {bucket.index()}: expected gradients on the CPU or on a CUDA device, got "
@@ -164,18 +167,27 @@ def _check_parameters(bucket: dist.GradBucket) -> None:  # type: ignore[name-def
 
 def _pack(vote: _Vote) -> None:
     state, plan = vote.state, vote.plan
-    plan.codec.pack(
-        vote.buffer,
-        plan.momentum,
-        state.options.coefficients,
-        zeros=state.options.zeros,
-        seed=_derive(state.options.seed, _ZEROS, vote.step, vote.channel.rank),
-        num_threads=vote.num_threads,
-    )
+    try:
+        plan.codec.pack(
+            vote.buffer,
+            plan.momentum,
+            state.options.coefficients,
+            zeros=state.options.zeros,
+            seed=_derive(state.options.seed, _ZEROS, vote.step, vote.channel.rank),
+            is_last=vote.is_last,
+        )
+    except DeviceError as error:
+        _fail(vote, error)
     state.counters.coordinates += plan.layout.numel
 
 
-def _address(vote: _Vote) -> None:
+def _fail(vote: _Vote, error: Exception) -> NoReturn:
+    """Raise ``error`` under the name of ``vote``; later votes raise it too."""
+    vote.state.fail(f"{vote.name}: {error}")
+    raise RuntimeError(f"{vote.name}: {error}") from error
+
+
+def _finish_message(vote: _Vote) -> None:
     """Wait for the words, and put the trailer behind them."""
     plan, counters = vote.plan, vote.state.counters
     zeros, nonfinite = plan.codec.packed()
@@ -188,16 +200,26 @@ def _address(vote: _Vote) -> None:
     counters.zeros += zeros
 
 
-def _exchange(vote: _Vote, future: "torch.futures.Future[Any]") -> None:
-    """On the worker thread: fulfil ``future`` with None, or with the message of the error to raise."""
+def _exchange(vote: _Vote, future: "torch.futures.Future[Any]", returned: "torch.futures.Future[torch.Tensor]") -> None:
+    """On the worker thread: fulfil ``future`` with None, or with the message of the error to raise.
+
+    That calls back :func:`_unpack`, which fulfils ``returned``.
+    """
     state = vote.state
     try:
-        _address(vote)  # also after a failure: what packs must be over before the memory it uses may go
-        if state.failure is None:
-            vote.plan.exchange.run(vote.channel, _Voter(vote))
-    except Exception as error:
+        with vote.plan.codec.on_device():
+            try:
+                _finish_message(vote)  # also after a failure: what packs must be over before the memory it uses may go
+                if state.failure is None:
+                    vote.plan.exchange.run(vote.channel, _Voter(vote))
+            except Exception as error:
+                state.fail(f"{vote.name}: {error}")
+            future.set_result(state.failure)
+    except Exception as error:  # of the device, before the callback: the backward pass must not wait for ever
         state.fail(f"{vote.name}: {error}")
-    future.set_result(state.failure)
+        _logger.error("%s: %s", vote.name, error)
+        if not returned.done():
+            returned.set_exception(RuntimeError(state.failure))  # type: ignore[arg-type]  # torch annotates it so
 
 
 class _Voter:
@@ -208,7 +230,7 @@ class _Voter:
         state = vote.state
         self._chosen: dict[str, Any] = {
             "implementation": state.implementation,
-            "num_threads": vote.num_threads_of_worker,
+            "num_threads": vote.plan.codec.num_threads_of_worker,
         }
         self._ties: dict[str, Any] = {
             "ties": state.options.ties,
@@ -256,11 +278,14 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
             f"signvote: step {vote.step}, bucket {vote.index}: {result.nonfinite} gradient coordinates are NaN or inf, "
             f"the lowest rank that has any is {result.first_rank - 1}"
         )
-    if result.nonfinite and state.options.nonfinite == "propagate":
-        plan.codec.fill(vote.buffer, torch.nan)
-    else:
-        plan.codec.unpack(vote.buffer, scale=state.options.scale, num_threads=vote.num_threads_of_worker)
-    plan.codec.hand_over()
+    try:
+        if result.nonfinite and state.options.nonfinite == "propagate":
+            plan.codec.fill(vote.buffer, torch.nan)
+        else:
+            plan.codec.unpack(vote.buffer, scale=state.options.scale)
+        plan.codec.hand_over()
+    except DeviceError as error:
+        _fail(vote, error)
     return vote.buffer
 
 
