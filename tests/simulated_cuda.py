@@ -189,10 +189,9 @@ class Future:
         self.lock = threading.RLock()
 
     def set_result(self, value: Any) -> None:
-        if self.devices:
-            DEVICE.check_current()
         self.result = value
         if self.devices and isinstance(value, Tensor):
+            DEVICE.check_current()
             self.event.mark(DEVICE.current())
         self._complete()
 

@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations` here: DDP compares the hook's annotations with the classes themselves.
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +20,6 @@ from signvote.ddp.state import BucketPlan, MajorityVoteState
 from signvote.ddp.trailer import Trailer, vote_tag
 from signvote.runs import vote_runs
 from signvote.tally import VoteTally
-
-_logger = logging.getLogger(__name__)
 
 # What a coin is drawn for.
 _ZEROS, _TIES = range(2)
@@ -200,7 +197,7 @@ def _finish_message(vote: _Vote) -> None:
     counters.zeros += zeros
 
 
-def _exchange(vote: _Vote, future: "torch.futures.Future[Any]", returned: "torch.futures.Future[torch.Tensor]") -> None:
+def _exchange(vote: _Vote, future: "torch.futures.Future[Any]", returned: "torch.futures.Future[Any]") -> None:
     """On the worker thread: fulfil ``future`` with None, or with the message of the error to raise.
 
     That calls back :func:`_unpack`, which fulfils ``returned``.
@@ -217,9 +214,8 @@ def _exchange(vote: _Vote, future: "torch.futures.Future[Any]", returned: "torch
             future.set_result(state.failure)
     except Exception as error:  # of the device, before the callback: the backward pass must not wait for ever
         state.fail(f"{vote.name}: {error}")
-        _logger.error("%s: %s", vote.name, error)
         if not returned.done():
-            returned.set_exception(RuntimeError(state.failure))  # type: ignore[arg-type]  # torch annotates it so
+            returned.set_result(state.failure)  # DDP raises an error of its own, which quotes what is not a tensor
 
 
 class _Voter:
