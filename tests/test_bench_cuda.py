@@ -18,7 +18,7 @@ import torch
 import signvote
 from signvote import cuda, ops
 from signvote.cli import bench, main
-from signvote.cli.bench import bars, measure, places, results
+from signvote.cli.bench import bars, measure, peers, places, results
 from signvote.cli.bench.cases import DTYPES, OPS, Case, Data, Options, contenders
 from signvote.cli.bench.measure import Spread
 from test_bench import some_result
@@ -140,6 +140,14 @@ def test_without_the_cuda_part_the_build_command_is_shown(
     assert f"signvote was built without its CUDA part; in a checkout, with nvcc in PATH: {cuda.BUILD_COMMAND}" in (
         capsys.readouterr().err
     )
+
+
+def test_cupy_that_cannot_be_imported_is_no_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cupy.py").write_text("raise RuntimeError('made for another CUDA')")
+    monkeypatch.syspath_prepend(tmp_path)
+    peers.find_cupy.cache_clear()
+    assert peers.find_cupy() is None
+    peers.find_cupy.cache_clear()
 
 
 def test_bars_of_a_device() -> None:

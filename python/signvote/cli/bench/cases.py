@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -207,7 +206,7 @@ def _pack_signs(case: Case, data: Data, options: Options) -> tuple[list[Contende
         if case.dtype != "bfloat16":
             field.numpy(lambda: peers.numpy_pack(x, out), _checker(out, signs))
         field.peer("torch", lambda: peers.torch_pack(tensor, tensor_out), _checker(out, signs))
-        if not field.is_on_cpu and case.dtype != "bfloat16" and find_spec("cupy"):
+        if not field.is_on_cpu and case.dtype != "bfloat16" and peers.find_cupy():
             field.peer("cupy", lambda: peers.cupy_pack(tensor, tensor_out), _checker(out, signs))
     return field.done(x.nbytes)
 
@@ -351,7 +350,7 @@ def hook_bytes(numel: int) -> int:
 
 
 def _round_trip(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
-    """What the hook has a CUDA device do: pack, copy the words to pinned memory and back, unpack."""
+    """Pack, copy as many bytes to pinned memory as the hook, and back, unpack: all on one stream, in one run."""
     x = data.gradient("float32", case.numel)
     bucket = aligned(case.numel, np.float32)
     right = expected.pack_signs(x, SEED)

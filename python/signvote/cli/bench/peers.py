@@ -64,8 +64,17 @@ def torch_vote(signs: torch.Tensor, out: torch.Tensor) -> None:
     torch.sign(torch.sum(signs, dim=0, dtype=torch.int16), out=out)
 
 
+@functools.cache
+def find_cupy() -> Any:
+    """CuPy, or None where it is not installed or cannot be used, whatever it raises then."""
+    try:
+        return importlib.import_module("cupy")
+    except Exception:
+        return None
+
+
 def cupy_pack(x: torch.Tensor, out: torch.Tensor) -> None:
-    cupy: Any = importlib.import_module("cupy")
+    cupy = find_cupy()
     with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
         packed = cupy.packbits(cupy.from_dlpack(x) > 0, bitorder="little")
         cupy.from_dlpack(out.view(torch.uint8))[:] = packed
