@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +106,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 class Job:
     """What to train and how. ``uneven``: rank r has r fewer batches, under ``Join``.
 
-    ``devices``: those of ranks 0, 1, ..., over and over. ``side_stream``: all of it on a CUDA stream of its own.
+    ``devices``: those of ranks 0, 1, ..., over and over. ``side_stream``: what is on a CUDA stream of its own:
+    ``"construction"`` of the DDP model, whose gradients are then accumulated there, ``"training"`` or ``"all"``.
     """
 
     model: str = "mlp"
@@ -118,7 +119,7 @@ class Job:
     delays: bool = False
     record: bool = True
     devices: tuple[str, ...] = ("cpu",)
-    side_stream: bool = False
+    side_stream: str = "none"
 
     def device(self) -> str:
         """Of this rank."""
@@ -192,8 +193,7 @@ def delayed_worker(generator: torch.Generator) -> Iterator[None]:
 
 
 @contextmanager
-def on_side_stream() -> Iterator[None]:
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield
@@ -221,12 +221,18 @@ def train(job: Job) -> Outcome:
     from torch.distributed.algorithms.join import Join
 
     rank = dist.get_rank()
-    ddp, state, outcome = build(job)
+    side_stream = None if job.side_stream == "none" else torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def side_stream_for(part: str) -> AbstractContextManager[None]:
+        return on_stream(side_stream) if side_stream and job.side_stream in ("all", part) else nullcontext()
+
+    with side_stream_for("construction"):
+        ddp, state, outcome = build(job)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
     steps = job.steps - rank if job.uneven else job.steps
     generator = torch.Generator().manual_seed(rank)
     with (
-        on_side_stream() if job.side_stream else nullcontext(),
+        side_stream_for("training"),
         delayed_worker(generator) if job.delays else nullcontext(),
         Join([ddp]) if job.uneven else nullcontext(),
     ):

@@ -10,6 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,10 +22,12 @@ import signvote
 from ddp_jobs import Job, Outcome, batches, build, digest, in_memory_order, step, train
 from ranks import RankPool
 from signvote.ddp import MajorityVoteState
+from signvote.ddp.codec import CudaCodec
 from test_ddp_training import FEATURES, OPTIONS, TINY_BUCKETS, check_against_simulation
 
 GPU = ("cuda:0",)
 TIMEOUT = 120.0
+CYCLES = 20_000_000  # some 10 ms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -66,17 +71,41 @@ def test_ranks_on_cpu_and_gpu_vote_together(ranks: RankPool, feature: str) -> No
     check(ranks, replace(FEATURES[feature], devices=("cpu", *GPU)), 4)
 
 
-@pytest.mark.parametrize("feature", ["plain", "rebuilt_buckets", "gradient_as_bucket_view", "no_sync"])
-def test_on_a_side_stream(ranks: RankPool, feature: str) -> None:
-    check(ranks, replace(FEATURES[feature], devices=GPU, side_stream=True), 2)
+@pytest.mark.parametrize("feature", ["plain", "rebuilt_buckets", "gradient_as_bucket_view", "static_graph", "no_sync"])
+@pytest.mark.parametrize("part", ["construction", "training", "all"])
+def test_on_a_side_stream(ranks: RankPool, part: str, feature: str) -> None:
+    check(ranks, replace(FEATURES[feature], devices=GPU, side_stream=part), 2)
+
+
+def train_on_the_second_device(job: Job) -> tuple[bytes, bool]:
+    """Also whether CUDA has a context on the first."""
+    torch.cuda.set_device(1)
+    return train_to_bytes(job), bool(torch._C._cuda_hasPrimaryContext(0))  # type: ignore[attr-defined]
+
+
+def test_uses_no_device_but_that_of_the_gradients() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    job = Job(ddp=TINY_BUCKETS, devices=("cuda:1",))
+    with RankPool(2) as new_ranks:  # the others have been on the first device
+        found = new_ranks.run(train_on_the_second_device, job, timeout=TIMEOUT)
+    check_against_simulation(job, [pickle.loads(outcome) for outcome, _ in found])
+    assert [has_context for _, has_context in found] == [False] * 2
 
 
 @contextmanager
 def other_work() -> Iterator[None]:
     """On other streams of this process, with memory allocated and freed all the time."""
     is_over = threading.Event()
+    errors: list[Exception] = []
 
     def work() -> None:
+        try:
+            work_on()
+        except Exception as error:
+            errors.append(error)
+
+    def work_on() -> None:
         streams = [torch.cuda.Stream() for _ in range(3)]  # type: ignore[no-untyped-call]
         generator = torch.Generator().manual_seed(0)
         while not is_over.is_set():
@@ -95,6 +124,8 @@ def other_work() -> Iterator[None]:
     finally:
         is_over.set()
         thread.join()
+    if errors:
+        raise errors[0]
 
 
 def train_beside_other_work(job: Job) -> bytes:
@@ -102,8 +133,8 @@ def train_beside_other_work(job: Job) -> bytes:
         return train_to_bytes(job)
 
 
-@pytest.mark.parametrize("side_stream", [False, True])
-def test_replicas_stay_identical_beside_other_work(ranks: RankPool, side_stream: bool) -> None:
+@pytest.mark.parametrize("side_stream", ["none", "all"])
+def test_replicas_stay_identical_beside_other_work(ranks: RankPool, side_stream: str) -> None:
     """Over 500 steps, and equal to the simulation in each of them."""
     job = Job(steps=500, ddp=TINY_BUCKETS, devices=GPU, side_stream=side_stream, delays=True)
     check(ranks, job, 2, train_beside_other_work)
@@ -190,24 +221,46 @@ def test_stats(ranks: RankPool) -> None:
         assert all(0 < part < 60 for part in seconds)
 
 
-def gradients_after_backward(job: Job) -> bool:
-    """Whether the stream of whoever calls backward() finds the votes, with the device busy beforehand."""
+@contextmanager
+def late(op: str, stream: str) -> Iterator[None]:
+    """One of the codec's streams has much to do before ``op``."""
+    right = getattr(CudaCodec, op)
+
+    def begin_late(self: CudaCodec, *arguments: Any, **options: Any) -> None:
+        with torch.cuda.stream(getattr(self._streams, stream)):
+            torch.cuda._sleep(CYCLES)  # type: ignore[no-untyped-call]
+        right(self, *arguments, **options)
+
+    with mock.patch.object(CudaCodec, op, begin_late):
+        yield
+
+
+def gradients_after_backward(job: Job, op: str, stream: str) -> list[bool]:
+    """Whether the stream of whoever calls backward() finds the votes, step by step."""
     ddp, _, _ = build(job)
-    big = torch.ones(4096, 4096, device=job.device())
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    for x in batches(5, dist.get_rank()):
-        ddp.zero_grad()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(20):
-                big = big @ big * 1e-4
-            loss = ddp(x.to(job.device())).sum()
-        loss.backward()
-        votes = [in_memory_order(p.grad) for p in ddp.parameters() if p.grad is not None]
-        if not all(bool((vote.abs() == 1).all()) for vote in votes):
-            return False
-    return True
+    found = []
+    with late(op, stream):
+        for x in batches(5, dist.get_rank()):
+            ddp.zero_grad()
+            ddp(x.to(job.device())).sum().backward()
+            votes = [in_memory_order(p.grad) for p in ddp.parameters() if p.grad is not None]  # begins no wait
+            found.append(all(bool((vote.abs() == 1).all()) for vote in votes))
+    return found
 
 
-def test_caller_on_another_stream_finds_the_votes(ranks: RankPool) -> None:
-    assert ranks.run(gradients_after_backward, Job(ddp=TINY_BUCKETS, devices=GPU), world=2) == [True] * 2
+@pytest.mark.parametrize(("op", "stream"), [("pack", "leaving"), ("unpack", "returning")])
+def test_caller_finds_the_votes_however_late_a_stream_is(ranks: RankPool, op: str, stream: str) -> None:
+    job = Job(ddp=TINY_BUCKETS, devices=GPU)
+    assert ranks.run(gradients_after_backward, job, op, stream, world=2) == [[True] * 5] * 2
+
+
+@pytest.mark.parametrize(("op", "stream"), [("pack", "leaving"), ("unpack", "returning")])
+def test_late_streams_equal_simulation(ranks: RankPool, op: str, stream: str) -> None:
+    """On a side stream, from which the next step's gradients come."""
+    job = replace(FEATURES["gradient_as_bucket_view"], devices=GPU, side_stream="all")
+    check(ranks, job, 2, partial(train_late, op=op, stream=stream))
+
+
+def train_late(job: Job, op: str, stream: str) -> bytes:
+    with late(op, stream):
+        return train_to_bytes(job)
