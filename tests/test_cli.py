@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 
 import signvote
 from signvote.cli import main
+from signvote.cuda import find_module
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -25,10 +27,14 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def test_info_names_what_is_installed() -> None:
     result = command("info")
     assert result.returncode == 0, result.stderr
-    facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if "torch threads" not in line)
+    facts = dict(re.split(" {2,}", line, maxsplit=1) for line in result.stdout.splitlines())
     assert facts["signvote"] == signvote.__version__
     assert facts["implementations"].startswith(", ".join(signvote.implementations()))
-    assert facts["CUDA"].startswith("not built")
+    if find_module() is None:
+        assert facts["CUDA"].startswith("not built")
+    else:
+        assert facts["CUDA"].startswith("built for ")
+        assert facts["CUDA devices"] != "none" or not signvote.cuda_available()
     assert facts["gloo"] == "available"
 
 
