@@ -76,7 +76,7 @@ class WrapperTensor(torch.Tensor):
         raise NotImplementedError
 
 
-def without_memory(dtype: torch.dtype, numel: int, device: torch.device | str = "cpu") -> Iterator[torch.Tensor]:
+def without_memory(dtype: torch.dtype, numel: int, device: torch.device | None = None) -> Iterator[torch.Tensor]:
     """Tensors that have coordinates but no address: fake, a wrapper, zeros of autograd's, with their storage freed."""
     with FakeTensorMode():
         fake = torch.empty(numel, dtype=dtype, device=device)

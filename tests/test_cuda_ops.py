@@ -478,7 +478,7 @@ UNTYPED_OPS: Any = ops
         (lambda x, w: signvote.majority_vote([]), ValueError, "majority_vote: stack has 0 rows, expected 1 to 65535"),
         (lambda x, w: signvote.majority_vote(w), ValueError, "majority_vote: stack has 1 dimensions, expected 2"),
         (
-            lambda x, w: signvote.majority_vote([w, w[1:]]),
+            lambda x, w: UNTYPED_OPS.majority_vote([w, w[1:]]),
             ValueError,
             "majority_vote: stack[1] has 3 words, expected 4",
         ),
