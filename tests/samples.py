@@ -76,14 +76,14 @@ class WrapperTensor(torch.Tensor):
         raise NotImplementedError
 
 
-def without_memory(dtype: torch.dtype, numel: int) -> Iterator[torch.Tensor]:
+def without_memory(dtype: torch.dtype, numel: int, device: torch.device | None = None) -> Iterator[torch.Tensor]:
     """Tensors that have coordinates but no address: fake, a wrapper, zeros of autograd's, with their storage freed."""
     with FakeTensorMode():
-        fake = torch.empty(numel, dtype=dtype)
+        fake = torch.empty(numel, dtype=dtype, device=device)
     yield fake
-    yield torch.Tensor._make_wrapper_subclass(WrapperTensor, (numel,), dtype=dtype)
-    yield torch._efficientzerotensor((numel,), dtype=dtype)
-    freed = torch.empty(numel, dtype=dtype)
+    yield torch.Tensor._make_wrapper_subclass(WrapperTensor, (numel,), dtype=dtype, device=device)
+    yield torch._efficientzerotensor((numel,), dtype=dtype, device=device)
+    freed = torch.empty(numel, dtype=dtype, device=device)
     freed.untyped_storage().resize_(0)
     yield freed
 

@@ -28,6 +28,8 @@ struct Array {
   char kind = 0;  // as NumPy says it: 'f' for floating-point numbers, 'i' and 'u' for integers
   size_t itemsize = 0;
   bool is_native = true, is_contiguous = false, is_writable = true;
+  bool is_numpy = false;
+  const char* expected = nullptr;  // in its place, if its memory is not where the module works
   size_t ndim = 0, size = 0;
   size_t shape[2] = {0, 0};
   py::ssize_t strides[2] = {0, 0};  // bytes; of the first two dimensions, as the shape
@@ -40,6 +42,7 @@ inline bool describe_numpy(py::handle object, Array* array) {
   const auto numpy = py::reinterpret_borrow<py::array>(object);
   const py::dtype dtype = numpy.dtype();
   array->object = object;
+  array->is_numpy = true;
   array->kind = dtype.kind();
   array->itemsize = static_cast<size_t>(dtype.itemsize());
   array->is_native = dtype.byteorder() == '=' || dtype.byteorder() == '|';
@@ -165,6 +168,15 @@ inline bool has_dtype(const Array& array, const char* kinds, size_t itemsize) {
   return std::string(kinds).find(array.kind) != std::string::npos && array.itemsize == itemsize && array.is_native;
 }
 
+inline void check_dtype(const Argument& argument, const Array& array, const char* kinds, size_t itemsize,
+                        const std::string& expected) {
+  if (array.expected != nullptr) {
+    if (array.is_numpy) argument.type_error("is a NumPy array", array.expected);
+    argument.value_error("is on device " + std::string(py::str(array.object.attr("device"))), array.expected);
+  }
+  if (!has_dtype(array, kinds, itemsize)) argument.type_error(is_repr(array.object.attr("dtype")), expected);
+}
+
 inline void check_writable(const Argument& argument, const Array& array) {
   if (!array.is_writable) argument.value_error("is read-only", "a writable array");
 }
@@ -183,17 +195,13 @@ inline Span to_span(const Argument& argument, const Array& array, size_t itemsiz
 }
 
 inline Span to_coordinates(const Argument& argument, const Array& array, DType dtype, Access access) {
-  const char* kinds = dtype == kBFloat16 ? "iu" : "f";
-  if (!has_dtype(array, kinds, kItemSizes[dtype])) {
-    argument.type_error(is_repr(array.object.attr("dtype")),
-                        dtype == kBFloat16 ? "uint16 or int16, the bits of bfloat16" : kDTypeNames[dtype]);
-  }
+  check_dtype(argument, array, dtype == kBFloat16 ? "iu" : "f", kItemSizes[dtype],
+              dtype == kBFloat16 ? "uint16 or int16, the bits of bfloat16" : kDTypeNames[dtype]);
   return to_span(argument, array, kItemSizes[dtype], access);
 }
 
 inline void check_words_dtype(const Argument& argument, const Array& array) {
-  if (!has_dtype(array, "ui", 4))
-    argument.type_error(is_repr(array.object.attr("dtype")), "uint32 (NumPy) or int32 (torch) words");
+  check_dtype(argument, array, "ui", 4, "uint32 (NumPy) or int32 (torch) words");
 }
 
 inline Span to_words(const Argument& argument, const Array& array, Access access) {
@@ -231,8 +239,9 @@ inline void check_num_rows(const Argument& argument, size_t num_rows) {
   }
 }
 
-// An (M, W) array, whose rows may lie at any distance from each other, or a sequence of M arrays of W words.
-inline Rows to_rows(const Argument& argument, const py::object& object) {
+// An (M, W) array, whose rows may lie at any distance from each other, or, if lists are taken, a list of M arrays of W
+// words.
+inline Rows to_rows(const Argument& argument, const py::object& object, bool takes_lists) {
   Rows rows;
   Array array;
   if (to_array(object, &array)) {
@@ -257,6 +266,7 @@ inline Rows to_rows(const Argument& argument, const py::object& object) {
     }
     return rows;
   }
+  if (!takes_lists) argument.type_error(is_repr(object), "an (M, W) tensor");
   if (!py::isinstance<py::list>(object)) argument.type_error(is_repr(object), "an (M, W) array or a list of M arrays");
   const py::list list = py::reinterpret_borrow<py::list>(object);
   check_num_rows(argument, list.size());
@@ -300,6 +310,7 @@ inline Span to_momentum(const char* op, const Array& array, DType dtype, size_t 
 constexpr size_t kAnyNumel = SIZE_MAX;
 inline Runs to_runs(const char* op, const Array& array, size_t numel, size_t width) {
   const Argument argument{op, "runs"};
+  if (!array.is_numpy) argument.type_error(is_repr(py::type::of(array.object)), "a NumPy array");
   if (!has_dtype(array, "i", 8)) argument.type_error(is_repr(array.object.attr("dtype")), "int64");
   if (array.ndim != 2 || array.shape[1] != 5) {
     argument.value_error("has shape " + std::string(py::repr(array.object.attr("shape"))), "(n, 5)");

@@ -61,6 +61,7 @@ size_t to_num_threads(const char* op, py::handle object) {
 
 // The target of an op: an implementation and a number of threads.
 struct Cpu {
+  static constexpr bool kTakesLists = true;
   const Kernels& kernels;
   size_t max_threads;
 
@@ -233,10 +234,10 @@ void tally_counts(const Array& planes_array, py::handle numel_object, const Arra
   signvote::tally_counts(counters, numel, reinterpret_cast<int32_t*>(target.data));
 }
 
-// As the ops over runs check them.
-void check_runs(const Array& runs, py::handle num_coordinates, py::handle num_words) {
-  const char* op = "check_runs";
-  to_runs(op, runs, to_size(op, "num_coordinates", num_coordinates), to_size(op, "num_words", num_words));
+// As the ops over runs check them; errors name `op`.
+void check_runs(const std::string& op, const Array& runs, py::handle num_coordinates, py::handle num_words) {
+  to_runs(op.c_str(), runs, to_size(op.c_str(), "num_coordinates", num_coordinates),
+          to_size(op.c_str(), "num_words", num_words));
 }
 
 std::vector<std::string> implementation_names() {
@@ -269,7 +270,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("seed"), py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
   m.def("unpack_runs", &unpack_runs<Cpu, py::handle, py::handle>, py::arg("words"), py::arg("runs"), py::arg("dtype"),
         py::arg("positive"), py::arg("bucket"), py::arg("implementation"), py::arg("num_threads") = 1);
-  m.def("check_runs", &check_runs, py::arg("runs"), py::arg("num_coordinates"), py::arg("num_words"));
+  m.def("check_runs", &check_runs, py::arg("op"), py::arg("runs"), py::arg("num_coordinates"), py::arg("num_words"));
   m.def("tally_add", &tally_add, py::arg("planes"), py::arg("words"), py::arg("weight"), py::arg("implementation"),
         py::arg("num_threads") = 1);
   m.def("tally_merge", &tally_merge, py::arg("planes"), py::arg("others"), py::arg("implementation"),

@@ -83,7 +83,7 @@ auto majority_vote(const py::object& stack, py::handle numel_object, py::handle 
   const char* op = "majority_vote";
   const Target target(op, target_arguments...);
   const Undecided ties = to_undecided(op, "ties", ties_name);
-  const Rows rows = to_rows({op, "stack"}, stack);
+  const Rows rows = to_rows({op, "stack"}, stack, Target::kTakesLists);
   const size_t numel = numel_object.is_none() ? rows.width * 32 : to_size(op, "numel", numel_object);
   if (num_words(numel) != rows.width) {
     Argument{op, "stack"}.value_error("has " + std::to_string(rows.width) + " words in a row",
@@ -152,7 +152,7 @@ auto vote_runs(const py::object& rows_object, const Array& runs_array, py::handl
   const char* op = "vote_runs";
   const Target target(op, target_arguments...);
   const Undecided ties = to_undecided(op, "ties", ties_name);
-  const Rows rows = to_rows({op, "rows"}, rows_object);
+  const Rows rows = to_rows({op, "rows"}, rows_object, Target::kTakesLists);
   const Argument out_argument{op, "out"};
   const Span words = to_words(out_argument, out, Access::kWrite);
   check_size(out_argument, words, "words", rows.width);

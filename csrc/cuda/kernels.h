@@ -28,6 +28,9 @@ struct Work {
 inline Work on_pieces(const Run* pieces, size_t num_pieces, uint64_t seed) { return {pieces, num_pieces, seed, 0}; }
 inline Work on_array(size_t numel, uint64_t coins) { return {nullptr, numel, 0, coins}; }
 
+// An error where there is no code for the current device, or none that its driver takes.
+cudaError_t find_code();
+
 // Where `words` is null they are only counted. Where `counts` is not null it is set; it lies in device memory, as
 // `tied` does.
 cudaError_t pack_signs(DType dtype, const void* x, const Work& work, Undecided zeros, uint32_t* words,

@@ -43,6 +43,11 @@ cudaError_t pack(DType dtype, const void* x, const Work& work, Undecided zeros, 
 
 }  // namespace
 
+cudaError_t find_code() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, pack_signs_kernel<uint32_t>);
+}
+
 cudaError_t pack_signs(DType dtype, const void* x, const Work& work, Undecided zeros, uint32_t* words,
                        PackCounts* counts, cudaStream_t stream) {
   const cudaError_t error = clear(counts, stream);

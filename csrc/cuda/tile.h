@@ -33,11 +33,12 @@ template <size_t kPieceSize, class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Work, Parameters...), cudaStream_t stream, const Work& work, Arguments... arguments) {
   const size_t blocks = (num_pieces<kPieceSize>(work) + kWarps - 1) / kWarps;
   if (blocks == 0) return cudaSuccess;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks < SIGNVOTE_CUDA_MAX_BLOCKS ? blocks : SIGNVOTE_CUDA_MAX_BLOCKS));
-  config.blockDim = dim3(kWarpSize * kWarps);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, work, static_cast<Parameters>(arguments)...);
+  const dim3 grid(static_cast<unsigned>(blocks < SIGNVOTE_CUDA_MAX_BLOCKS ? blocks : SIGNVOTE_CUDA_MAX_BLOCKS));
+  const auto start = [&](Work of, Parameters... parameters) {
+    void* pointers[] = {&of, &parameters...};
+    return cudaLaunchKernel(kernel, grid, dim3(kWarpSize * kWarps), pointers, 0, stream);
+  };
+  return start(work, static_cast<Parameters>(arguments)...);
 }
 
 template <class Counts>
@@ -69,7 +70,8 @@ __device__ inline uint32_t undecided_word(Undecided rule, const Work& work, cons
   return static_cast<uint32_t>(mix(coins + static_cast<uint64_t>(word / 2)) >> (32 * (word % 2)));
 }
 
-// Adds what the threads of a block have counted to *sum. All of them call it.
+// Adds what the threads of a block have counted to *sum. All of them call it. When they next do, nobody writes the
+// shared memory before the first barrier, to which the thread that reads it comes after that.
 __device__ inline void add_over_block(uint64_t count, uint64_t* sum) {
   if (__syncthreads_or(count != 0) == 0) return;
   __shared__ unsigned long long of_warp[kWarps];
@@ -84,7 +86,6 @@ __device__ inline void add_over_block(uint64_t count, uint64_t* sum) {
     for (int warp = 1; warp < kWarps; ++warp) total += of_warp[warp];
     atomicAdd(reinterpret_cast<unsigned long long*>(sum), total);
   }
-  __syncthreads();
 }
 
 // What each lane has counted.

@@ -93,13 +93,13 @@ def to_torch_dtype(op: str, dtype: Any) -> torch.dtype:
     raise TypeError(f"{op}: dtype is {dtype!r}, expected torch's {DTYPES}")
 
 
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")  # this very object tells the ops that they work on the CPU
 
 
 def device_of(op: str, name: str, x: object) -> torch.device:
-    """Where an op works whose first argument is ``x``: on its CUDA device, or on the CPU, whatever it is."""
+    """Where an op works whose first argument is ``x``: on its CUDA device, or on :data:`CPU`, whatever it is."""
     if not cuda.is_on_cuda(x):
-        return _CPU
+        return CPU
     cuda.module_for(op, name, x.device)
     return x.device
 
@@ -109,6 +109,8 @@ def size_of(x: AnyArray) -> int:
 
 
 def _has_memory(x: torch.Tensor) -> bool:
+    if type(x) is torch.Tensor and not x._is_zerotensor():
+        return x.data_ptr() != x.storage_offset() * x.element_size() or x.numel() == 0
     if x.numel() == 0:
         return True
     try:
@@ -122,7 +124,7 @@ def _tensor_memory(op: str, name: str, x: torch.Tensor, device: torch.device, wr
     """``x`` without autograd, after the checks that the native modules cannot make."""
     if x.layout is not torch.strided:
         raise ValueError(f"{op}: {name} has layout {x.layout}, expected a dense tensor; x.to_dense() makes one")
-    if x.device != device:
+    if not x.is_cpu if device is CPU else x.device != device:
         raise ValueError(f"{op}: {name} is on device {x.device}, expected {device}")
     if x.is_neg():
         raise ValueError(f"{op}: {name} has its negative bit set, expected a plain tensor; x.resolve_neg() makes one")
@@ -135,12 +137,12 @@ def _tensor_memory(op: str, name: str, x: torch.Tensor, device: torch.device, wr
     return x
 
 
-def _to_native(x: torch.Tensor) -> Any:
-    return x if cuda.is_on_cuda(x) else x.numpy()
+def _to_native(x: torch.Tensor, device: torch.device) -> Any:
+    return x.numpy() if device is CPU else x
 
 
 def input_coordinates(
-    op: str, name: str, x: AnyArray, device: torch.device = _CPU, written: bool = False
+    op: str, name: str, x: AnyArray, device: torch.device = CPU, written: bool = False
 ) -> tuple[Any, str]:
     """The memory of ``x`` as the native module takes it, and the name of its dtype."""
     if isinstance(x, np.ndarray):
@@ -155,40 +157,38 @@ def input_coordinates(
         if dtype is None:
             raise TypeError(f"{op}: {name} is {x.dtype}, expected {DTYPES}")
         x = _tensor_memory(op, name, x, device, written)
-        return _to_native(x.view(torch.int16) if dtype == "bfloat16" else x), dtype
+        return _to_native(x.view(torch.int16) if dtype == "bfloat16" else x, device), dtype
     raise TypeError(f"{op}: {name} is a {type(x).__name__}, expected a NumPy array or a torch tensor")
 
 
-def written_coordinates(op: str, name: str, x: AnyArray, device: torch.device = _CPU) -> tuple[Any, str]:
+def written_coordinates(op: str, name: str, x: AnyArray, device: torch.device = CPU) -> tuple[Any, str]:
     """The same of coordinates that are written to."""
     return input_coordinates(op, name, x, device, written=True)
 
 
-def input_words(op: str, name: str, x: AnyArray, device: torch.device = _CPU, written: bool = False) -> Any:
+def input_words(op: str, name: str, x: AnyArray, device: torch.device = CPU, written: bool = False) -> Any:
     """The memory of the words ``x``."""
     if isinstance(x, np.ndarray):
         return x
     if isinstance(x, torch.Tensor):
         if x.dtype is not torch.int32:
             raise TypeError(f"{op}: {name} is {x.dtype}, expected int32 words")
-        return _to_native(_tensor_memory(op, name, x, device, written))
+        return _to_native(_tensor_memory(op, name, x, device, written), device)
     raise TypeError(f"{op}: {name} is a {type(x).__name__}, expected a NumPy array or a torch tensor")
 
 
-def written_words(op: str, name: str, x: AnyArray, device: torch.device = _CPU) -> Any:
+def written_words(op: str, name: str, x: AnyArray, device: torch.device = CPU) -> Any:
     """The memory of the words ``x``, which are written to."""
     return input_words(op, name, x, device, written=True)
 
 
-def words_out(
-    op: str, like: AnyArray, shape: tuple[int, ...], out: Any, device: torch.device = _CPU
-) -> tuple[Any, Any]:
+def words_out(op: str, like: AnyArray, shape: tuple[int, ...], out: Any, device: torch.device = CPU) -> tuple[Any, Any]:
     """``out`` or new words of the kind of ``like``, and their memory."""
     if out is None:
         if isinstance(like, np.ndarray):
             words = np.empty(shape, np.uint32)
             return words, words
         tensor = torch.empty(shape, dtype=torch.int32, device=device)
-        return tensor, _to_native(tensor)
+        return tensor, _to_native(tensor, device)
     check_same_kind(op, "out", out, like)
     return out, written_words(op, "out", out, device)

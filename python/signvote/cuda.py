@@ -25,8 +25,16 @@ def find_module() -> Any:
 
 
 def cuda_available() -> bool:
-    """Whether signvote was built with its CUDA part and torch has a device to use it on."""
-    return find_module() is not None and torch.cuda.is_available()
+    """Whether the ops work on torch's current CUDA device.
+
+    That is: signvote was built with its CUDA part, torch for CUDA, and the driver can run the kernels on the device.
+    To find out, the device is initialized, as the first op on it would do.
+    """
+    module = find_module()
+    if module is None or torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    available: bool = module.can_run(torch.cuda.current_device())
+    return available
 
 
 def is_on_cuda(x: object) -> TypeGuard[torch.Tensor]:
@@ -35,6 +43,10 @@ def is_on_cuda(x: object) -> TypeGuard[torch.Tensor]:
 
 def module_for(op: str, name: str, device: torch.device) -> Any:
     """``_cuda``, for an argument on ``device``."""
+    if torch.version.hip is not None:
+        raise RuntimeError(
+            f"{op}: {name} is on a ROCm device, expected one of CUDA or the CPU: there are no ROCm kernels"
+        )
     module = find_module()
     if module is None:
         raise RuntimeError(
@@ -66,14 +78,15 @@ def launch(
         counts: Where to count what ``_core``'s function returns; nowhere unless given.
     """
     with _current(device) as (index, stream):
-        getattr(find_module(), op)(*arguments, pieces, counts, index, stream.cuda_stream)
+        of_runs = () if pieces is None else (pieces,)
+        getattr(find_module(), op)(*arguments, *of_runs, counts, index, stream.cuda_stream)
         if pieces is not None:
             pieces.record_stream(stream)  # they may be freed before this is done, and belong to another stream
 
 
-def stacked(op: str, name: str, rows: list[torch.Tensor]) -> torch.Tensor:
+def stacked(op: str, name: str, rows: list[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
     """Rows of a vote in one tensor: the kernel finds them by their distance."""
-    module = module_for(op, f"{name}[0]", rows[0].device)
+    module = find_module()
     for i, row in enumerate(rows):
-        module.check_row(op, f"{name}[{i}]", row, rows[0].numel())
+        module.check_row(op, name, i, row, rows[0].numel(), out)
     return torch.stack(rows)

@@ -36,9 +36,9 @@ def cut_runs(runs: Runs, largest: int) -> Runs:
     return pieces
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DeviceRuns:
-    """Runs as the kernels read them: in pieces, in the memory of a device, made once for many calls."""
+    """Runs as the kernels read them: in pieces, in the memory of a device, made once for many calls, by :meth:`of`."""
 
     runs: Runs
     pieces: torch.Tensor  # (n, 5) int64
@@ -47,8 +47,9 @@ class DeviceRuns:
     @classmethod
     def of(cls, runs: Runs, num_coordinates: int, num_words: int, device: torch.device) -> DeviceRuns:
         """Of runs in buckets of ``num_coordinates`` and messages of ``num_words``."""
-        module = cuda.module_for("DeviceRuns", "runs", device)
-        _core.check_runs(runs, num_coordinates, num_words)
+        op = "DeviceRuns.of"
+        module = cuda.module_for(op, "runs", device)
+        _core.check_runs(op, runs, num_coordinates, num_words)
         copy: NDArray[np.int64] = runs.copy()
         copy.flags.writeable = False
         pieces, vote_pieces = (
@@ -61,6 +62,14 @@ class DeviceRuns:
         for name, tensor in (("runs", self.pieces), ("counts", counts)):
             if tensor is not None and tensor.device != device:
                 raise ValueError(f"{op}: {name} is on device {tensor.device}, expected {device}")
+
+
+def _cuda_device_of(op: str, name: str, x: torch.Tensor) -> torch.device:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}, expected a tensor on a CUDA device")
+    if not cuda.is_on_cuda(x):
+        raise ValueError(f"{op}: {name} is on device {x.device}, expected a CUDA device")
+    return device_of(op, name, x)
 
 
 def pack_runs(
@@ -76,7 +85,7 @@ def pack_runs(
 ) -> None:
     """As :func:`signvote.runs.pack_runs`; how many were undecided and not finite goes to ``counts`` (int64, 2)."""
     op = "pack_runs"
-    device = device_of(op, "bucket", bucket)
+    device = _cuda_device_of(op, "bucket", bucket)
     source, dtype = input_coordinates(op, "bucket", bucket, device)
     kept = None if momentum is None else written_coordinates(op, "momentum", momentum, device)[0]
     words = written_words(op, "out", out, device)
@@ -90,7 +99,7 @@ def vote_runs(
 ) -> None:
     """As :func:`signvote.runs.vote_runs` on ``(M, S)`` words; how many were tied goes to ``counts`` (int64, 1)."""
     op = "vote_runs"
-    device = device_of(op, "rows", rows)
+    device = _cuda_device_of(op, "rows", rows)
     stack = input_words(op, "rows", rows, device)
     words = written_words(op, "out", out, device)
     runs.check_device(op, device, counts)
@@ -100,7 +109,7 @@ def vote_runs(
 def unpack_runs(words: torch.Tensor, runs: DeviceRuns, bucket: torch.Tensor, *, scale: float = 1.0) -> None:
     """As :func:`signvote.runs.unpack_runs`."""
     op = "unpack_runs"
-    device = device_of(op, "words", words)
+    device = _cuda_device_of(op, "words", words)
     source = input_words(op, "words", words, device)
     target, dtype = written_coordinates(op, "bucket", bucket, device)
     runs.check_device(op, device)

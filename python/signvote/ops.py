@@ -7,7 +7,8 @@ NumPy arrays in give NumPy arrays out, tensors in give tensors out on the same d
 torch's current stream and, apart from :func:`has_nonfinite`, returns before it is done; ``implementation`` and
 ``num_threads`` are the CPU's, and must be None there. Inputs must be contiguous; the result never takes part in
 autograd. Errors name op, argument, what it is and what was expected: ``TypeError`` for a type or dtype, ``ValueError``
-for anything else, ``RuntimeError`` from CUDA. When an op raises, nothing has been written.
+for anything else, ``RuntimeError`` from CUDA. When a ``TypeError`` or ``ValueError`` is raised, nothing has been
+written. An error from CUDA may come from work that was begun earlier.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from signvote import _core, cuda
 from signvote.arguments import (
+    CPU,
     NUMPY_DTYPES,
     AnyArray,
     check_same_kind,
@@ -69,20 +71,20 @@ def choices(implementation: str | None, num_threads: SupportsIndex | None) -> tu
 
 def _call(
     native: Callable[..., Any],
-    like: object,
+    device: torch.device,
     arguments: tuple[Any, ...],
     implementation: str | None,
     num_threads: SupportsIndex | None,
     counts: torch.Tensor | None = None,
 ) -> Any:
-    """The op ``native`` of ``_core``, or its counterpart on the CUDA device of ``like``, which returns None."""
-    if not cuda.is_on_cuda(like):
+    """The op ``native`` of ``_core``, or its counterpart on a CUDA device, which returns None."""
+    if device is CPU:
         return native(*arguments, *choices(implementation, num_threads))
     op = native.__name__
     for name, value in (("implementation", implementation), ("num_threads", num_threads)):
         if value is not None:
-            raise ValueError(f"{op}: {name} is {value!r}, expected None for a tensor on {like.device}")
-    cuda.launch(op, like.device, arguments, counts=counts)
+            raise ValueError(f"{op}: {name} is {value!r}, expected None for a tensor on {device}")
+    cuda.launch(op, device, arguments, counts=counts)
     return None
 
 
@@ -135,7 +137,7 @@ def pack_signs(
     device = device_of(op, "x", x)
     source, dtype = input_coordinates(op, "x", x, device)
     result, words = words_out(op, x, (num_words(size_of(x)),), out, device)
-    _call(_core.pack_signs, x, (source, dtype, zeros, seed, words), implementation, num_threads)
+    _call(_core.pack_signs, device, (source, dtype, zeros, seed, words), implementation, num_threads)
     return result
 
 
@@ -186,7 +188,7 @@ def pack_momentum(
     except (TypeError, ValueError):
         raise ValueError(f"{op}: coefficients is {coefficients!r}, expected four finite numbers") from None
     arguments = source, dtype, kept, (a, b, c, d), zeros, seed, words
-    _call(_core.pack_momentum, x, arguments, implementation, num_threads)
+    _call(_core.pack_momentum, device, arguments, implementation, num_threads)
     return result
 
 
@@ -206,7 +208,7 @@ def majority_vote(
 
     Args:
         stack: ``(M, W)`` words, whose rows may lie at any distance from each other, or M arrays of W words each;
-            M from 1 to 65535.
+            M from 1 to 65535. On a CUDA device M tensors are first copied into one.
         ties: The bit of a coordinate with as many plus as minus: ``"coin"``, ``"positive"`` or ``"negative"``.
         seed: Of the coins, 0 to 2**64 - 1. The same on all replicas.
         numel: How many coordinates the words hold; ``32 * W`` unless given.
@@ -233,15 +235,15 @@ def majority_vote(
             check_same_kind(op, f"stack[{i}]", row, like)
         rows: Any = [input_words(op, f"stack[{i}]", row, device) for i, row in enumerate(stack)]
         width = size_of(like)
-        if cuda.is_on_cuda(like):
-            rows = cuda.stacked(op, "stack", rows)
     else:
         like = stack
         device = device_of(op, "stack", like)
         rows = input_words(op, "stack", like, device)
         width = like.shape[-1] if like.ndim else 0
     result, words = words_out(op, like, (width,), out, device)
-    _call(_core.majority_vote, like, (rows, numel, ties, seed, words), implementation, num_threads)
+    if isinstance(rows, list) and device is not CPU:
+        rows = cuda.stacked(op, "stack", rows, words)
+    _call(_core.majority_vote, device, (rows, numel, ties, seed, words), implementation, num_threads)
     return result
 
 
@@ -294,7 +296,7 @@ def unpack_signs(
             raise TypeError(f"{op}: out is {out.dtype}, expected {dtype}")
     target, name = written_coordinates(op, "out", result, device)
     positive = scale_bits(op, scale, name)
-    _call(_core.unpack_signs, words, (source, numel, name, positive, target), implementation, num_threads)
+    _call(_core.unpack_signs, device, (source, numel, name, positive, target), implementation, num_threads)
     return result
 
 
@@ -314,10 +316,10 @@ def has_nonfinite(x: AnyArray, *, implementation: str | None = None, num_threads
     op = "has_nonfinite"
     device = device_of(op, "x", x)
     source, dtype = input_coordinates(op, "x", x, device)
-    if not cuda.is_on_cuda(x):
-        return bool(_call(_core.has_nonfinite, x, (source, dtype), implementation, num_threads))
+    if device is CPU:
+        return bool(_call(_core.has_nonfinite, device, (source, dtype), implementation, num_threads))
     counts = torch.empty(2, dtype=torch.int64, device=device)
-    _call(_core.has_nonfinite, x, (source, dtype), implementation, num_threads, counts)
+    _call(_core.has_nonfinite, device, (source, dtype), implementation, num_threads, counts)
     return bool(counts[1].item())
 
 

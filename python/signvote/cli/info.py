@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import signvote
-from signvote.cuda import BUILD_COMMAND, find_module
+from signvote.cuda import BUILD_COMMAND, cuda_available, find_module
 from signvote.ops import default_implementation
 
 
@@ -51,19 +51,37 @@ def collect() -> dict[str, str]:
 
 
 def cuda_facts() -> dict[str, str]:
-    module = find_module()
+    try:
+        module = find_module()
+    except ImportError as error:
+        return {"CUDA": f"built, but cannot be imported: {error}"}
     if module is None:
         return {"CUDA": f"not built; in a checkout, with nvcc in PATH: {BUILD_COMMAND}"}
     architectures = module.architectures.split()
     ptx = ", ".join(name for name in architectures if not name.endswith("-real"))
     built = ", ".join(name.removesuffix("-real") for name in architectures)
-    devices = ", ".join(f"{name} ({major}{minor})" for name, major, minor in module.devices())
     driver = module.driver_version()
     return {
         "CUDA": f"built for {built}, PTX of {ptx or 'none'}, runtime {dotted(module.runtime_version())}",
         "CUDA driver": f"for CUDA {dotted(driver)}" if driver else "none",
-        "CUDA devices": devices or "none",
+        "CUDA devices": cuda_devices(module),
+        "CUDA of torch": torch.version.cuda or "none",
+        "CUDA available": cuda_is_available(),
     }
+
+
+def cuda_devices(module: Any) -> str:
+    try:
+        return ", ".join(f"{name} ({major}.{minor})" for name, major, minor in module.devices()) or "none"
+    except RuntimeError as error:
+        return f"none ({error})"
+
+
+def cuda_is_available() -> str:
+    try:
+        return "yes" if cuda_available() else "no"
+    except RuntimeError as error:
+        return f"no ({error})"
 
 
 def dotted(version: int) -> str:

@@ -176,10 +176,10 @@ void run_block(bool from_last) {
 
 }  // namespace
 
-void run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+void run_grid(dim3 grid, dim3 of_block, const std::function<void()>& thread) {
   static unsigned num_launches = 0;
-  gridDim = config.gridDim;
-  blockDim = config.blockDim;
+  gridDim = grid;
+  blockDim = of_block;
   if (blockDim.x % kWarpSize != 0 || gridDim.x == 0) fail("a launch of no whole number of warps");
   // A GPU's arithmetic knows nothing of the caller's floating-point environment.
   fenv_t environment;

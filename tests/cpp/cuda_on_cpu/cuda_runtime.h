@@ -5,7 +5,8 @@
 // waits at one until all threads of the warp, or block, have come to it. What CUDA leaves undefined ends the program:
 // threads that come to different meetings, or to a shuffle with different distances, a mask that is not the whole warp
 // (the kernels use no other), a thread that ends while others wait for it. Shared memory is filled with 0xA5 before
-// each block. Blocks run one by one; threads in turn, from the first or from the last on in turn from launch to launch.
+// each block. Blocks run one by one, so that a data race between blocks is not seen; threads in turn, from the first or
+// from the last on in turn from launch to launch.
 #ifndef SIGNVOTE_TESTS_CUDA_ON_CPU_H
 #define SIGNVOTE_TESTS_CUDA_ON_CPU_H
 
@@ -14,6 +15,7 @@
 #include <string.h>
 
 #include <functional>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -26,22 +28,30 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidDevice = 101 };
-using cudaStream_t = struct CUstream_st*;
-
-struct cudaLaunchConfig_t {
-  dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes = 0;
-  cudaStream_t stream = nullptr;
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorUnsupportedPtxVersion = 222
 };
+using cudaStream_t = struct CUstream_st*;
 
 struct cudaDeviceProp {
   char name[256];
   int major, minor;
 };
 
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+struct cudaFuncAttributes {};
+
+// Device 0 runs kernels. Device 1 is one that they were not built for.
+inline int cuda_on_cpu_device = 0;
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 2, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  if (device != 0 && device != 1) return cudaErrorInvalidDevice;
+  cuda_on_cpu_device = device;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {"fibers on a CPU", 0, 0};
   return cudaSuccess;
@@ -49,10 +59,10 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaSuccess ? "cudaSuccess" : "cudaErrorInvalidDevice";
+  return error == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorNoKernelImageForDevice";
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "invalid device ordinal";
+  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "no kernel image is available";
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t size, cudaStream_t) {
   memset(memory, value, size);
@@ -63,7 +73,7 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
-void run_grid(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread);
 
 // Waits for all threads of the warp, or block, to come to `what` with the same `argument`, and returns the values they
 // have brought, in the order of the threads.
@@ -72,10 +82,22 @@ const uint64_t* meet_in_block(const char* what, uint64_t value);
 
 }  // namespace cuda_on_cpu
 
-template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               Arguments&&... arguments) {
-  cuda_on_cpu::run_grid(*config, [&] { kernel(arguments...); });
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Parameters...)) {
+  return cuda_on_cpu_device == 0 ? cudaSuccess : cudaErrorNoKernelImageForDevice;
+}
+
+template <class... Parameters, size_t... kIndices>
+void cuda_on_cpu_call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<kIndices...>) {
+  kernel(*static_cast<Parameters*>(arguments[kIndices])...);
+}
+
+template <class... Parameters>
+cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments, size_t,
+                             cudaStream_t) {
+  if (cuda_on_cpu_device != 0) return cudaErrorNoKernelImageForDevice;
+  cuda_on_cpu::run_grid(
+      grid, block, [&] { cuda_on_cpu_call(kernel, arguments, std::make_index_sequence<sizeof...(Parameters)>()); });
   return cudaSuccess;
 }
 
