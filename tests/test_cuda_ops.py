@@ -330,6 +330,7 @@ def test_codec_of_the_hook(device: torch.device, dtype: str, monkeypatch: pytest
             monkeypatch.setattr(torch.cuda, name, AtOnce)
         monkeypatch.setattr(torch.cuda, "current_stream", AtOnce)
         monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+        monkeypatch.setattr(torch.cuda, "device", nullcontext)
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     rng = np.random.default_rng(0)
     layout = BucketLayout([5000, 1, 70], [2, 0, 1], 3, TRAILER_WORDS)
@@ -342,14 +343,14 @@ def test_codec_of_the_hook(device: torch.device, dtype: str, monkeypatch: pytest
         expected: NDArray[np.uint32] = np.zeros(exchange.sent.numel(), np.uint32)
         before = bucket.to("cpu", copy=True).double().numpy()
         found = reference.pack_runs(before.astype(start.dtype), start, LION, layout.runs, expected, "coin", step)
-        codec.pack(bucket, momentum, LION, zeros="coin", seed=step, num_threads=1)
+        codec.pack(bucket, momentum, LION, zeros="coin", seed=step, is_last=True)
         assert codec.packed() == found
         assert np.array_equal(to_numpy(exchange.sent).reshape(-1), expected)
         assert same_floats(to_numpy(momentum), start)
 
         words = rng.integers(0, 2**32, exchange.result.numel(), dtype=np.uint32)
         exchange.result.view(-1).copy_(torch.from_numpy(words.view(np.int32)))
-        codec.unpack(bucket, scale=0.5, num_threads=1)
+        codec.unpack(bucket, scale=0.5)
         codec.hand_over()
         unpacked: NDArray[Any] = np.concatenate(
             [reference.bits_of(words[word:], numel) for _, _, numel, _, word in layout.runs.tolist()]
