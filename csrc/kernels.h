@@ -14,6 +14,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Of a function that the CUDA kernels call as well.
+#ifdef __CUDACC__
+#define SIGNVOTE_HOST_DEVICE __host__ __device__
+#else
+#define SIGNVOTE_HOST_DEVICE
+#endif
+
 namespace signvote {
 
 enum DType : int { kFloat32, kFloat64, kFloat16, kBFloat16, kNumDTypes };
@@ -77,7 +84,7 @@ struct Kernels {
 };
 
 // One step of splitmix64.
-static inline uint64_t mix(uint64_t x) {
+SIGNVOTE_HOST_DEVICE static inline uint64_t mix(uint64_t x) {
   x += 0x9E3779B97F4A7C15u;
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from collections.abc import Iterator
 
@@ -15,6 +16,21 @@ from ranks import RankPool
 # The same examples in every run: a failure is one of this commit, not of the day.
 hypothesis.settings.register_profile("signvote", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("signvote")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test for a GPU is skipped without one; but it fails if such tests were asked for."""
+    if item.get_closest_marker("gpu") is None or has_gpu():
+        return
+    reason = "needs a CUDA device, signvote built with its CUDA part and a torch built for CUDA"
+    if item.config.getoption("markexpr") == "gpu":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@functools.cache
+def has_gpu() -> bool:
+    return signvote.cuda_available()
 
 
 @pytest.fixture(params=signvote.implementations())

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +104,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """What to train and how. ``uneven``: rank r has r fewer batches, under ``Join``."""
+    """What to train and how. ``uneven``: rank r has r fewer batches, under ``Join``.
+
+    ``devices``: those of ranks 0, 1, ..., over and over. ``side_stream``: what is on a CUDA stream of its own:
+    ``"construction"`` of the DDP model, whose gradients are then accumulated there, ``"training"`` or ``"all"``.
+    """
 
     model: str = "mlp"
     steps: int = 12
@@ -114,6 +118,12 @@ class Job:
     uneven: bool = False
     delays: bool = False
     record: bool = True
+    devices: tuple[str, ...] = ("cpu",)
+    side_stream: str = "none"
+
+    def device(self) -> str:
+        """Of this rank."""
+        return self.devices[dist.get_rank() % len(self.devices)]
 
 
 @dataclass
@@ -136,7 +146,7 @@ def digest(module: nn.Module) -> str:
     """Of the bits of all parameters."""
     sha = hashlib.sha256()
     for parameter in module.parameters():
-        sha.update(in_memory_order(parameter).view(torch.uint8).numpy().tobytes())
+        sha.update(in_memory_order(parameter).view(torch.uint8).cpu().numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -144,7 +154,7 @@ def build(
     job: Job, state: MajorityVoteState | None = None
 ) -> tuple[DistributedDataParallel, MajorityVoteState, Outcome]:
     torch.manual_seed(0)
-    ddp = DistributedDataParallel(MODELS[job.model](), **job.ddp)
+    ddp = DistributedDataParallel(MODELS[job.model]().to(job.device()), **job.ddp)
     state = MajorityVoteState(**job.options) if state is None else state
     state.name_parameters(ddp.module.named_parameters())
     outcome = Outcome([], [], "", 0.0, set(), {})
@@ -182,6 +192,14 @@ def delayed_worker(generator: torch.Generator) -> Iterator[None]:
         Channel._run = run  # type: ignore[method-assign]
 
 
+@contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def batches(steps: int, rank: int, first: int = 0) -> Iterator[torch.Tensor]:
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(1000 * step + rank)
@@ -192,7 +210,7 @@ def step(ddp: DistributedDataParallel, optimizer: torch.optim.Optimizer, job: Jo
     optimizer.zero_grad(set_to_none=not job.ddp.get("gradient_as_bucket_view", False))
     for i in range(job.accumulate):
         with ddp.no_sync() if i + 1 < job.accumulate else nullcontext():
-            loss = (ddp(x + 0.1 * i).float() - 0.5).square().mean()
+            loss = (ddp(x.to(job.device()) + 0.1 * i).float() - 0.5).square().mean()
             loss.backward()
     optimizer.step()
     return loss.item()
@@ -203,11 +221,18 @@ def train(job: Job) -> Outcome:
     from torch.distributed.algorithms.join import Join
 
     rank = dist.get_rank()
-    ddp, state, outcome = build(job)
+    side_stream = None if job.side_stream == "none" else torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def side_stream_for(part: str) -> AbstractContextManager[None]:
+        return on_stream(side_stream) if side_stream and job.side_stream in ("all", part) else nullcontext()
+
+    with side_stream_for("construction"):
+        ddp, state, outcome = build(job)
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
     steps = job.steps - rank if job.uneven else job.steps
     generator = torch.Generator().manual_seed(rank)
     with (
+        side_stream_for("training"),
         delayed_worker(generator) if job.delays else nullcontext(),
         Join([ddp]) if job.uneven else nullcontext(),
     ):
@@ -217,6 +242,8 @@ def train(job: Job) -> Outcome:
                 outcome.voted.append(
                     {name: in_memory_order(p.grad) for name, p in ddp.module.named_parameters() if p.grad is not None}
                 )
+    for recorded in outcome.local + outcome.voted:
+        recorded.update({name: x.cpu() for name, x in recorded.items()})  # only now: it waits for the device
     outcome.digest = digest(ddp.module)
     outcome.stats = state.stats().as_dict()
     return outcome

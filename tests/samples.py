@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 STORED: dict[str, type] = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": np.uint16}
@@ -64,6 +66,26 @@ def mixture(rng: np.random.Generator, numel: int, dtype: str, finite: bool = Fal
     stored[kind == 0] = 0
     extremes = finite_special(dtype) if finite else special(dtype)
     return np.where(kind == 1, rng.choice(extremes, numel), stored)
+
+
+class WrapperTensor(torch.Tensor):
+    """As a DTensor is one."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise NotImplementedError
+
+
+def without_memory(dtype: torch.dtype, numel: int, device: torch.device | None = None) -> Iterator[torch.Tensor]:
+    """Tensors that have coordinates but no address: fake, a wrapper, zeros of autograd's, with their storage freed."""
+    with FakeTensorMode():
+        fake = torch.empty(numel, dtype=dtype, device=device)
+    yield fake
+    yield torch.Tensor._make_wrapper_subclass(WrapperTensor, (numel,), dtype=dtype, device=device)
+    yield torch._efficientzerotensor((numel,), dtype=dtype, device=device)
+    freed = torch.empty(numel, dtype=dtype, device=device)
+    freed.untyped_storage().resize_(0)
+    yield freed
 
 
 class Guarded:

@@ -22,6 +22,7 @@ import signvote.ddp.state as state_module
 from ddp_jobs import Job, batches, build, delayed_worker, digest, mlp, step
 from ranks import RankDied, RankError, RankPool
 from signvote.ddp import MajorityVoteState, attach, majority_vote_hook
+from signvote.ddp.codec import CpuCodec
 from signvote.ddp.options import TOPOLOGIES
 from signvote.optim import SignSGD
 
@@ -385,6 +386,31 @@ def test_an_error_in_the_worker_reaches_the_caller_of_backward(ranks: RankPool) 
     assert all("rank 1, step 1, bucket 0: the vote broke for a test" in text for text in texts[1])
     assert "rank 0, step 1, bucket 0: exchange of votes" in texts[0][0]
     assert len(texts[0]) == len(texts[1]) == 2  # a state that failed once stays failed: ranks may be out of step
+
+
+class LostFuture(torch.futures.Future[Any]):
+    """One whose callbacks are never called."""
+
+    def set_result(self, result: object) -> None:
+        raise RuntimeError("lost for a test")
+
+
+def lose_a_callback() -> list[str]:
+    ddp, _, _ = build(Job(options={"timeout": timedelta(seconds=5)}))
+    texts = []
+    with patched(CpuCodec, "new_future", lambda self: LostFuture()):
+        for _ in range(2):
+            try:
+                ddp(torch.ones(2, 7)).sum().backward()
+            except RuntimeError as error:
+                texts.append(str(error))
+    return texts
+
+
+def test_an_error_before_the_callback_ends_the_backward_pass(ranks: RankPool) -> None:
+    for rank, (first, second) in enumerate(ranks.run(lose_a_callback, world=2)):
+        assert second == f"signvote: rank {rank}, step 1, bucket 0: lost for a test"
+        assert second in first
 
 
 def bad_gradients(kind: str) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import signvote
+from samples import without_memory
 from signvote import _core, ops, runs
 
 SENTINEL = 0x5A5A5A5A
@@ -109,6 +110,29 @@ def test_coordinates(x: Any, error: type[Exception], message: str) -> None:
         f"pack_momentum: {message}",
     )
     assert not momentum.any()
+
+
+def test_tensors_without_memory() -> None:
+    message = r"is a \w*Tensor without memory of its own, expected a plain tensor$"
+    for x in without_memory(torch.float32, 100):
+        with pytest.raises(ValueError, match="^pack_signs: x " + message):
+            signvote.pack_signs(x)
+        with pytest.raises(ValueError, match="^has_nonfinite: x " + message):
+            signvote.has_nonfinite(x)
+        with pytest.raises(ValueError, match="^pack_momentum: momentum " + message):
+            ops.pack_momentum(X, x, coefficients=HALF)
+        with pytest.raises(ValueError, match="^unpack_signs: out " + message):
+            signvote.unpack_signs(W, 100, out=x)
+    for words_of_none in without_memory(torch.int32, 4):
+        with pytest.raises(ValueError, match="^pack_signs: out " + message):
+            signvote.pack_signs(X, out=words_of_none)
+        with pytest.raises(ValueError, match=r"^majority_vote: stack\[1\] " + message):
+            signvote.majority_vote([W, words_of_none])
+        with pytest.raises(ValueError, match="^unpack_signs: words " + message):
+            signvote.unpack_signs(words_of_none, 100)
+    empty = torch.empty(0)
+    assert signvote.pack_signs(empty).shape == (0,)
+    assert not signvote.has_nonfinite(empty)
 
 
 @pytest.mark.parametrize(

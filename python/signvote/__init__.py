@@ -1,5 +1,6 @@
 """Training by majority vote: one bit per gradient coordinate in each direction."""
 
+from signvote.cuda import cuda_available
 from signvote.ops import (
     has_nonfinite,
     implementations,
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "VoteTally",
     "__version__",
+    "cuda_available",
     "has_nonfinite",
     "implementations",
     "majority_vote",

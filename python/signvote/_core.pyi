@@ -73,6 +73,7 @@ def unpack_runs(
     implementation: str,
     num_threads: SupportsIndex = 1,
 ) -> None: ...
+def check_runs(op: str, runs: NDArray[Any], num_coordinates: SupportsIndex, num_words: SupportsIndex) -> None: ...
 def tally_add(
     planes: NDArray[Any],
     words: NDArray[Any],

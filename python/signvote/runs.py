@@ -26,14 +26,8 @@ import torch
 from numpy.typing import NDArray
 
 from signvote import _core
-from signvote.ops import (
-    choices,
-    input_coordinates,
-    input_words,
-    scale_bits,
-    written_coordinates,
-    written_words,
-)
+from signvote.arguments import input_coordinates, input_words, scale_bits, written_coordinates, written_words
+from signvote.ops import choices
 
 Runs = NDArray[np.int64]
 Coefficients = tuple[float, float, float, float]

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from signvote import _core
-from signvote.ops import Array, check_same_kind, choices, input_words, to_integer, words_out, written_words
+from signvote.arguments import check_same_kind, input_words, to_integer, words_out, written_words
+from signvote.ops import Array, choices
 
 _MAX_VOTES = 2**31 - 1
 

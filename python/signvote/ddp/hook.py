@@ -6,18 +6,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from signvote import _core
+from signvote import _core, cuda
 from signvote.ddp import trailer
 from signvote.ddp.channel import Channel
+from signvote.ddp.codec import DeviceError
 from signvote.ddp.state import BucketPlan, MajorityVoteState
 from signvote.ddp.trailer import Trailer, vote_tag
-from signvote.runs import pack_runs, unpack_runs, vote_runs
+from signvote.runs import vote_runs
 from signvote.tally import VoteTally
 
 # What a coin is drawn for.
@@ -35,13 +36,7 @@ class _Vote:
     index: int
     name: str  # for errors: rank, step and bucket
     buffer: torch.Tensor
-    num_threads: int  # torch's setting on the thread that computes
     is_last: bool
-
-    @property
-    def num_threads_of_worker(self) -> int:
-        """Beside the backward pass the worker thread takes no other CPU from it; after the last bucket it is over."""
-        return self.num_threads if self.is_last else 1
 
 
 def majority_vote_hook(
@@ -55,15 +50,17 @@ def majority_vote_hook(
 
     Args:
         state: A :class:`MajorityVoteState`, one per DDP model.
-        bucket: Given by DDP. Its gradients are float32, float64, float16 or bfloat16 on the CPU.
+        bucket: Given by DDP. Its gradients are float32, float64, float16 or bfloat16, on the CPU or on a CUDA device,
+            and are packed on the stream that is current. (What is done on a CUDA device, no GPU has run yet.)
 
     Returns:
         A future of the bucket's buffer, overwritten with the vote.
 
     Raises:
         RuntimeError: From ``backward()``, naming rank, step, bucket and phase, if another rank has died, does not
-            answer within the timeout, or has other options.
-        TypeError, ValueError: For sparse gradients, gradients on another device or of another dtype.
+            answer within the timeout, or has other options. For gradients on a CUDA device, if signvote was built
+            without its CUDA part, if the device fails, or while a CUDA graph is captured.
+        TypeError, ValueError: For sparse gradients, gradients on several devices or of another dtype.
 
     Example::
 
@@ -84,15 +81,15 @@ def majority_vote_hook(
         index=bucket.index(),
         name=state.vote_name(channel, bucket.index()),
         buffer=bucket.buffer(),
-        num_threads=torch.get_num_threads(),
         is_last=bucket.is_last(),
     )
     _pack(vote)
 
-    future: torch.futures.Future[Any] = torch.futures.Future()
-    channel.submit(lambda: _exchange(vote, future))
+    future = plan.codec.new_future()
     # Raised in a callback an error reaches the caller of backward() whole; Future.set_exception would lose its text.
-    return future.then(lambda done: _unpack(vote, done.value()))
+    returned = future.then(lambda done: _unpack(vote, done.value()))
+    channel.submit(lambda: _exchange(vote, future, returned))
+    return returned
 
 
 def attach(
@@ -143,10 +140,17 @@ def _check_bucket(bucket: object) -> None:
             f"majority_vote_hook: bucket {bucket.index()}: expected dense gradients, got {buffer.layout}: "
             "set sparse=False on the embedding"
         )
-    if buffer.device.type != "cpu":
+    if buffer.is_cuda:
+        cuda.module_for("majority_vote_hook", f"bucket {bucket.index()}", buffer.device)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"majority_vote_hook: bucket {bucket.index()}: expected a backward pass outside of CUDA graphs, got "
+                "one that is being captured: a graph has no place for what the CPU exchanges between ranks"
+            )
+    elif buffer.device.type != "cpu":
         raise ValueError(
-            f"majority_vote_hook: bucket {bucket.index()}: expected gradients on the CPU, got {buffer.device}: "
-            "this build has no CUDA part"
+            f"majority_vote_hook: bucket {bucket.index()}: expected gradients on the CPU or on a CUDA device, got "
+            f"{buffer.device}"
         )
 
 
@@ -159,39 +163,59 @@ def _check_parameters(bucket: dist.GradBucket) -> None:  # type: ignore[name-def
 
 
 def _pack(vote: _Vote) -> None:
-    state, plan, counters = vote.state, vote.plan, vote.state.counters
-    start = time.perf_counter()
-    zeros, nonfinite = pack_runs(
-        vote.buffer,
-        plan.momentum,
-        state.options.coefficients,
-        plan.layout.runs,
-        plan.exchange.sent.view(-1),
-        zeros=state.options.zeros,
-        seed=_derive(state.options.seed, _ZEROS, vote.step, vote.channel.rank),
-        implementation=state.implementation,
-        num_threads=vote.num_threads,
-    )
+    state, plan = vote.state, vote.plan
+    try:
+        plan.codec.pack(
+            vote.buffer,
+            plan.momentum,
+            state.options.coefficients,
+            zeros=state.options.zeros,
+            seed=_derive(state.options.seed, _ZEROS, vote.step, vote.channel.rank),
+            is_last=vote.is_last,
+        )
+    except DeviceError as error:
+        _fail(vote, error)
+    state.counters.coordinates += plan.layout.numel
+
+
+def _fail(vote: _Vote, error: Exception) -> NoReturn:
+    """Raise ``error`` under the name of ``vote``; later votes raise it too."""
+    vote.state.fail(f"{vote.name}: {error}")
+    raise RuntimeError(f"{vote.name}: {error}") from error
+
+
+def _finish_message(vote: _Vote) -> None:
+    """Wait for the words, and put the trailer behind them."""
+    plan, counters = vote.plan, vote.state.counters
+    zeros, nonfinite = plan.codec.packed()
     Trailer(
         nonfinite=nonfinite,
         first_rank=vote.channel.rank + 1 if nonfinite else 0,
         ties=0,
         tag=vote_tag(vote.step, vote.index, plan.layout.numel),
     ).write(plan.exchange.sent.numpy())
-    counters.pack_seconds += time.perf_counter() - start
-    counters.coordinates += plan.layout.numel
     counters.zeros += zeros
 
 
-def _exchange(vote: _Vote, future: "torch.futures.Future[Any]") -> None:
-    """On the worker thread: fulfil ``future`` with None, or with the message of the error to raise."""
+def _exchange(vote: _Vote, future: "torch.futures.Future[Any]", returned: "torch.futures.Future[Any]") -> None:
+    """On the worker thread: fulfil ``future`` with None, or with the message of the error to raise.
+
+    That calls back :func:`_unpack`, which fulfils ``returned``.
+    """
     state = vote.state
-    if state.failure is None:
-        try:
-            vote.plan.exchange.run(vote.channel, _Voter(vote))
-        except Exception as error:
-            state.fail(f"{vote.name}: {error}")
-    future.set_result(state.failure)
+    try:
+        with vote.plan.codec.on_device():
+            try:
+                _finish_message(vote)  # also after a failure: what packs must be over before the memory it uses may go
+                if state.failure is None:
+                    vote.plan.exchange.run(vote.channel, _Voter(vote))
+            except Exception as error:
+                state.fail(f"{vote.name}: {error}")
+            future.set_result(state.failure)
+    except Exception as error:  # of the device, before the callback: the backward pass must not wait for ever
+        state.fail(f"{vote.name}: {error}")
+        if not returned.done():
+            returned.set_result(state.failure)  # DDP raises an error of its own, which quotes what is not a tensor
 
 
 class _Voter:
@@ -202,7 +226,7 @@ class _Voter:
         state = vote.state
         self._chosen: dict[str, Any] = {
             "implementation": state.implementation,
-            "num_threads": vote.num_threads_of_worker,
+            "num_threads": vote.plan.codec.num_threads_of_worker,
         }
         self._ties: dict[str, Any] = {
             "ties": state.options.ties,
@@ -235,7 +259,6 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
     state, plan, counters = vote.state, vote.plan, vote.state.counters
     if failure is not None:
         raise RuntimeError(failure)
-    start = time.perf_counter()
     result = trailer.read(plan.exchange.result.numpy())
     if result.tag != vote_tag(vote.step, vote.index, plan.layout.numel):
         state.fail(f"{vote.name}: vote: ranks are out of step: not all sent this bucket of this step")
@@ -251,18 +274,14 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
             f"signvote: step {vote.step}, bucket {vote.index}: {result.nonfinite} gradient coordinates are NaN or inf, "
             f"the lowest rank that has any is {result.first_rank - 1}"
         )
-    if result.nonfinite and state.options.nonfinite == "propagate":
-        vote.buffer.fill_(torch.nan)
-    else:
-        unpack_runs(
-            plan.exchange.result.view(-1),
-            plan.layout.runs,
-            vote.buffer,
-            scale=state.options.scale,
-            implementation=state.implementation,
-            num_threads=vote.num_threads_of_worker,
-        )
-    counters.unpack_seconds += time.perf_counter() - start
+    try:
+        if result.nonfinite and state.options.nonfinite == "propagate":
+            plan.codec.fill(vote.buffer, torch.nan)
+        else:
+            plan.codec.unpack(vote.buffer, scale=state.options.scale)
+        plan.codec.hand_over()
+    except DeviceError as error:
+        _fail(vote, error)
     return vote.buffer
 
 

@@ -59,4 +59,5 @@ class BucketLayout:
 
     def new_message(self, rows: int | None = None) -> torch.Tensor:
         """A zeroed int32 matrix of ``rows`` rows (default: one per shard). Padding is never written: it stays 0."""
-        return torch.zeros(self.num_shards if rows is None else rows, self.row_words, dtype=torch.int32)
+        rows = self.num_shards if rows is None else rows
+        return torch.zeros(rows, self.row_words, dtype=torch.int32, device="cpu")

@@ -16,17 +16,18 @@ class MomentumByPlace:
         self._momentum = dict(momentum or {})
 
     def items(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Copies, in the order of the model."""
+        """Copies in host memory, in the order of the model."""
         for place, momentum in sorted(self._momentum.items()):
-            yield place, momentum.clone()
+            yield place, momentum.to("cpu", copy=True)
 
-    def gather(self, parameters: Sequence[torch.Tensor], places: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """The momentum of a bucket of gradients of ``dtype``, flat, in the order of the bucket's buffer.
+    def gather(self, parameters: Sequence[torch.Tensor], places: Sequence[int], bucket: torch.Tensor) -> torch.Tensor:
+        """The momentum of ``bucket``, on its device, flat, in the order of its coordinates.
 
         float32, or float64 for float64 gradients: (1 - β)·g would be lost in a bfloat16 m.
         """
         numels = [parameter.numel() for parameter in parameters]
-        flat = torch.zeros(sum(numels), dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        wide = torch.float64 if bucket.dtype == torch.float64 else torch.float32
+        flat = bucket.new_zeros(sum(numels), dtype=wide)
         pieces = torch.split(flat, numels)
         for parameter, place, piece in zip(parameters, places, pieces, strict=True):
             view = _in_memory_order_of(parameter, piece)
@@ -35,6 +36,8 @@ class MomentumByPlace:
                 if momentum.shape != view.shape:  # copy_ would stretch it
                     raise RuntimeError(f"momentum of parameter {place} has shape {momentum.shape}, not {view.shape}")
                 view.copy_(momentum)
+                if momentum.is_cuda:  # it is freed next, and may belong to another stream
+                    momentum.record_stream(torch.cuda.current_stream(momentum.device))
             self._momentum[place] = view
         return flat
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from signvote.ddp import checkpoint
 from signvote.ddp.agreement import WIRE_VERSION, DisagreementError, check_agreement
 from signvote.ddp.channel import Channel
+from signvote.ddp.codec import Codec, Streams, new_codec
 from signvote.ddp.layout import BucketLayout
 from signvote.ddp.momentum import MomentumByPlace
 from signvote.ddp.options import VoteOptions
@@ -29,6 +30,7 @@ class BucketPlan:
     dtype: torch.dtype
     layout: BucketLayout
     exchange: Exchange
+    codec: Codec
     voter_runs: npt.NDArray[np.int64]  # of the shard on which this rank votes
     momentum: torch.Tensor | None  # flat, in the order of the bucket's buffer
 
@@ -49,7 +51,11 @@ class MajorityVoteState:
     Memory per coordinate: 4 bytes of momentum (8 for float64, none with ``momentum=0.0``) and, for messages between M
     ranks, 3 bits if ``"sharded"``, M + 2 bits if ``"allgather"``, and if ``"server"`` 2 bits, on rank 0 two more
     and as many as M has in base 2. From the second step on nothing of that size is allocated, apart from what gloo
-    itself needs for a collective.
+    itself needs for a collective. If the gradients are on a CUDA device, so are the momentum and 2.4 more bits: what is
+    packed, what was voted and tables of where they lie, of which the hook does not need those for votes on the device
+    (0.1 bits). The messages that this rank packs and unpacks are then in pinned host memory, whose blocks torch rounds
+    up to powers of two; what it receives from others is not pinned. All gradients of a state are on one device. (No GPU
+    has run it yet.)
 
     Args:
         process_group: The ranks that vote. Default: all. A gloo group of its own is made over the same ranks, so the
@@ -70,7 +76,7 @@ class MajorityVoteState:
             is what ``GradScaler`` looks for; ``"raise"`` raises on all ranks; ``"ignore"`` votes on.
         seed: Seed of the coins.
         timeout: How long a rank waits for another before it raises. Default: the timeout of ``process_group``.
-        implementation: Kernels to use, see :func:`signvote.implementations`. Default: the best.
+        implementation: The CPU's kernels to use, see :func:`signvote.implementations`. Default: the best.
 
     Raises:
         ValueError: If an option has a value that is not listed here.
@@ -112,6 +118,8 @@ class MajorityVoteState:
         # What is tied to live objects: parameters, buckets, the process group.
         self._places: dict[torch.Tensor, int] = {}
         self._plans: dict[int, BucketPlan] = {}
+        self._device: torch.device | None = None
+        self._streams: Streams | None = None
         self._last_bucket = -1
         self._channel: Channel | None = None
         self._failure: str | None = None
@@ -160,7 +168,7 @@ class MajorityVoteState:
         """
         if self._channel is None or not self._channel.alive:
             self._check_process_group()
-            self._plans.clear()
+            self._drop_plans()
             self._failure = None
             try:
                 self._channel = Channel(self.process_group, self.timeout, self._traffic)
@@ -186,21 +194,25 @@ class MajorityVoteState:
     def close(self) -> None:
         """End the worker thread and the state's own group now, rather than with ``destroy_process_group()``.
 
+        Memory for messages is freed too, momentum stays.
+
         For a state that is given up while training goes on. It can be used again: it then makes a new group, so all
         ranks must close it, between steps.
         """
         if self._channel is not None:
             self._channel.close()
+        self._drop_plans()
 
     def plan(self, channel: Channel, bucket: dist.GradBucket) -> BucketPlan:  # type: ignore[name-defined]
         """The plan of ``bucket``: made when DDP first shows it, and anew when DDP has rebuilt its buckets."""
         index, parameters, buffer = bucket.index(), bucket.parameters(), bucket.buffer()
+        self._use_device(index, buffer.device)
         plan = self._plans.get(index)
         if plan is not None and plan.fits(parameters, buffer.dtype):
             return plan
         if plan is not None:
             self._plans.clear()  # the buckets were rebuilt: the others are out of date too
-        plan = self._plans[index] = self._new_plan(channel, parameters, buffer.dtype)
+        plan = self._plans[index] = self._new_plan(channel, parameters, buffer)
         description = {
             "wire version": WIRE_VERSION,
             "world size": channel.size,
@@ -214,10 +226,25 @@ class MajorityVoteState:
         channel.submit(lambda: self._agree(channel, name, description))
         return plan
 
+    def _drop_plans(self) -> None:
+        """Let go of the buckets' memory, and of the device that they were on."""
+        self._plans.clear()
+        self._device = self._streams = None
+
+    def _use_device(self, bucket_index: int, device: torch.device) -> None:
+        if self._device is None:
+            self._device = device
+            self._streams = Streams.of(device) if device.type == "cuda" else None
+        elif device != self._device:
+            raise ValueError(
+                f"majority_vote_hook: bucket {bucket_index}: expected gradients on {self._device}, as before, got "
+                f"{device}: all gradients of a state are on one device; use one process for each device"
+            )
+
     def has_plan(self, bucket_index: int) -> bool:
         return bucket_index in self._plans
 
-    def _new_plan(self, channel: Channel, parameters: list[torch.Tensor], dtype: torch.dtype) -> BucketPlan:
+    def _new_plan(self, channel: Channel, parameters: list[torch.Tensor], buffer: torch.Tensor) -> BucketPlan:
         places = [self._place(parameter) for parameter in parameters]
         numels = [parameter.numel() for parameter in parameters]
         topology = chosen(self.options.topology, sum(numels), channel.size)
@@ -225,11 +252,19 @@ class MajorityVoteState:
         exchange = new_exchange(topology, layout, channel.rank, channel.size)
         return BucketPlan(
             parameters=parameters,
-            dtype=dtype,
+            dtype=buffer.dtype,
             layout=layout,
             exchange=exchange,
+            codec=new_codec(
+                buffer,
+                layout.runs,
+                exchange,
+                self.counters,
+                streams=self._streams,
+                implementation=self.implementation,
+            ),
             voter_runs=layout.shard_runs(exchange.shard) if exchange.shard is not None else layout.runs[:0],
-            momentum=self._momentum.gather(parameters, places, dtype) if self.options.has_momentum else None,
+            momentum=self._momentum.gather(parameters, places, buffer) if self.options.has_momentum else None,
         )
 
     def vote_name(self, channel: Channel, bucket_index: int) -> str:
@@ -279,7 +314,7 @@ class MajorityVoteState:
     # -- Saving ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's step, seed and momentum by parameter name: ``weights_only=True`` loads it.
+        """This rank's step, seed and momentum by parameter name, in host memory: ``weights_only=True`` loads it.
 
         Every rank has its own momentum: save one file per rank. Call it between steps.
 
@@ -323,7 +358,7 @@ class MajorityVoteState:
         self.options = replace(self.options, seed=state_dict["seed"])
         self.step = state_dict["step"]
         self._momentum = MomentumByPlace(momentum)
-        self._plans.clear()
+        self._drop_plans()
         self._last_bucket = -1
 
     def _known_names(self, caller: str) -> list[str]:

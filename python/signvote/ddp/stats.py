@@ -15,7 +15,11 @@ class VoteStats:
         coordinates: Gradient coordinates packed.
         bytes_sent, bytes_received: Payload handed to the collectives for other ranks, and taken from them.
         pack_seconds, exchange_seconds, vote_seconds, unpack_seconds: Time in each phase. Exchange and vote run on the
-            worker thread beside the backward pass; exchange includes waiting for slower ranks.
+            worker thread beside the backward pass; exchange includes waiting for slower ranks. For gradients on a CUDA
+            device, pack and unpack are the device's time, by its events: from the start of packing until the words
+            are in host memory, and from the start of the words' way back until the bucket is written. The latter is
+            read when the bucket is packed again: each bucket's last vote is not yet in it, and never will be if DDP
+            then rebuilds its buckets, a checkpoint is loaded or the group is made anew.
         codec_nanoseconds_per_coordinate: Time to pack, vote and unpack over ``coordinates``: what the compression
             itself costs. 1 is a millisecond for a million coordinates.
         zero_rate: Share of this rank's coordinates that were exactly zero when packed.
@@ -53,14 +57,19 @@ class Traffic:
 
 @dataclass
 class Counters:
-    """What :class:`VoteStats` is made from. The thread that packs writes the first group, the worker the second."""
+    """What :class:`VoteStats` is made from.
+
+    The thread that packs writes the first group, the worker the last; the time to pack is written by the thread that
+    knows it, which is the worker on a CUDA device.
+    """
 
     calls: int = 0
     steps: int = 0
     coordinates: int = 0
-    zeros: int = 0
+
     pack_seconds: float = 0.0
 
+    zeros: int = 0
     voted: int = 0
     ties: int = 0
     nonfinite: int = 0

@@ -85,7 +85,7 @@ class Server:
         self.result = layout.new_message()
         if rank == 0:
             self.received = layout.new_message(2)
-            self.trailers = torch.zeros(size, TRAILER_WORDS, dtype=torch.int32)
+            self.trailers = torch.zeros(size, TRAILER_WORDS, dtype=torch.int32, device="cpu")
             self.tally: VoteTally[torch.Tensor] = VoteTally(32 * layout.row_words, size)
 
     def run(self, channel: Channel, voter: Voter) -> None:

@@ -15,16 +15,19 @@ import torch
 
 import signvote
 from signvote.cli.bench import report, results
-from signvote.cli.bench.bars import Bar, judge
-from signvote.cli.bench.cases import DTYPES, OPS, ROWS, Case, Data, Options, contenders
+from signvote.cli.bench.bars import CUDA_MEGABYTES, CUDA_ROWS, Bar, judge, judge_cuda
+from signvote.cli.bench.cases import DTYPES, OPS, ROWS, Case, Data, Options, contenders, hook_bytes
 from signvote.cli.bench.expected import WrongResultError
-from signvote.cli.bench.machine import load, machine, pages, usable_cpus, versions
+from signvote.cli.bench.machine import cuda_device, load, machine, pages, usable_cpus, versions
 from signvote.cli.bench.measure import no_garbage_collection, take_turns
 from signvote.cli.bench.results import Result
+from signvote.cuda import BUILD_COMMAND, find_module
 
 SIZES = (1, 26, 256)  # MB of float32, or as many coordinates of another dtype
 BIG_SIZES = (26, 256)  # those with a bar
 MORE_SIZES = (0.1, 4, 64)  # float32 only, for the plot
+CUDA_SIZES = (26, 256, CUDA_MEGABYTES)
+HOOK_COORDINATES = 6_553_600  # of 25 MiB, which DDP makes a bucket of
 THREADS_SIZE = 4  # a million coordinates, from where on a second thread has its bar
 SECONDS = 0.3  # for each case, unless the fewest rounds take longer
 QUICK_SECONDS = 0.15
@@ -39,6 +42,7 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="only what the bars need, in less than 45 seconds; no files unless asked")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the ops are measured [cpu]")
     add("--op", nargs="+", choices=OPS, metavar="OP", help=f"only these of {', '.join(OPS)}")
     add("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"only these of {', '.join(DTYPES)}")
     add("--rows", nargs="+", type=positive, metavar="M", help="numbers of workers in a vote, instead of all the usual")
@@ -66,6 +70,7 @@ def megabytes(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
+    device = None if options.device == "cpu" else cuda_to_measure(options)
     old = None
     if options.compare is not None:
         try:
@@ -79,15 +84,18 @@ def run(options: argparse.Namespace) -> int:
                     f"argument --compare: {options.compare}: expected a run in {now}, as this one, got {before}: "
                     "they change what the ops reach of the limits"
                 )
+            if old[0].get("device", "cpu") != options.device:
+                options.fail(f"argument --compare: {options.compare}: expected a run with --device {options.device}")
     out = options.out or (None if options.quick else Path("signvote-bench"))
-    if out is not None and find_spec("matplotlib") is None:
+    if out is not None and device is None and find_spec("matplotlib") is None:
         print("signvote bench: no plots without matplotlib: pip install 'signvote[bench]'", file=sys.stderr)
     cases = chosen_cases(options)
     if not cases:
         options.fail("these options leave nothing to measure")
     facts = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine(),
+        "device": options.device,
+        "machine": machine() | ({} if device is None else {"cuda": cuda_device(device)}),
         "versions": versions(),
         "load_before": load(),
     }
@@ -100,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
         return 1
     facts["seconds"] = round(time.perf_counter() - begin, 1)
     best = (options.implementation or signvote.implementations())[0]
-    lines = judge(measured, best)
+    lines = judge(measured, best) if device is None else judge_cuda(measured)
     print_report(options, measured, lines)
     print(f"\n{len(measured)} results, all checked before they were timed, in {facts['seconds']:.0f} s.")
     try:
@@ -113,8 +121,47 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def cuda_to_measure(options: argparse.Namespace) -> torch.device:
+    """The current CUDA device, if ops can be measured there and nothing was asked for that only a CPU has."""
+    for name in ("threads", "implementation"):
+        if getattr(options, name) is not None:
+            options.fail(f"argument --{name}: expected none with --device cuda: it is the CPU's")
+    if find_module() is None:
+        options.fail(
+            f"argument --device: cuda: signvote was built without its CUDA part; in a checkout, with nvcc in PATH: "
+            f"{BUILD_COMMAND}"
+        )
+    if not torch.cuda.is_available():
+        options.fail("argument --device: cuda: torch finds no CUDA device (torch.cuda.is_available())")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
     """In an order in which cases on the same data follow each other."""
+    return cuda_cases(options) if options.device == "cuda" else cpu_cases(options)
+
+
+def cuda_cases(options: argparse.Namespace) -> list[Case]:
+    cases: list[Case] = []
+    for size in options.size or ((CUDA_MEGABYTES,) if options.quick else CUDA_SIZES):
+        for dtype in DTYPES:
+            cases += [Case(op, size, dtype) for op in ("pack_signs", "pack_momentum", "unpack_signs")]
+            if dtype == "float32":
+                cases.append(Case("round_trip", size))
+            cases.append(Case("pack_signs", size, dtype, zeros="third"))
+        cases += [Case("majority_vote", size, rows=rows) for rows in sorted(options.rows or CUDA_ROWS, reverse=True)]
+    return asked_for(cases, options)
+
+
+def asked_for(cases: Sequence[Case], options: argparse.Namespace) -> list[Case]:
+    return [
+        case
+        for case in cases
+        if case.op in (options.op or OPS) and (case.rows is not None or case.dtype in (options.dtype or DTYPES))
+    ]
+
+
+def cpu_cases(options: argparse.Namespace) -> list[Case]:
     cases: list[Case] = []
     sizes = options.size or (BIG_SIZES if options.quick else SIZES)
     for size in sizes:
@@ -135,11 +182,7 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
     for size in sizes:
         # The most rows first: the others take some of them.
         cases += [Case("majority_vote", size, rows=rows) for rows in sorted(options.rows or ROWS, reverse=True)]
-    return [
-        case
-        for case in cases
-        if case.op in (options.op or OPS) and (case.rows is not None or case.dtype in (options.dtype or DTYPES))
-    ]
+    return asked_for(cases, options)
 
 
 def measure_all(cases: Sequence[Case], options: argparse.Namespace) -> list[Result]:
@@ -170,6 +213,8 @@ def measure_case(case: Case, data: Data, options: argparse.Namespace) -> list[Re
 
 
 def who(case: Case, options: argparse.Namespace) -> Options:
+    if options.device == "cuda":
+        return Options([("cuda", 1)], device=cuda_to_measure(options))
     implementations = options.implementation or signvote.implementations()
     threads = options.threads or sorted({1, min(2, usable_cpus()), usable_cpus()})
     if not options.quick:
@@ -192,6 +237,10 @@ def print_facts(facts: dict[str, Any]) -> None:
     memory = f"{about['memory_gigabytes']} GB in {about['pages']}"
     print(f"{about['cpu']}, {about['cpus']} CPUs, {memory}, {', '.join(about['caches'])}")
     print(", ".join(f"{name} {version}" for name, version in found.items()))
+    if "cuda" in about:
+        print(", ".join(f"{name} {value}" for name, value in about["cuda"].items()))
+        share = hook_bytes(HOOK_COORDINATES) / (4 * HOOK_COORDINATES)
+        print(f"The hook copies {share:.4f} of a bucket's float32 bytes to the host, and as many back.")
     busy = facts["load_before"]
     if busy is not None and busy > 0.5:
         print(f"Other programs are running: the load of the last minute is {busy:.1f}. Ratios will spread.")
@@ -214,7 +263,7 @@ def write_files(
         if path is not None:
             results.write(path, facts, measured, lines)
             written.append(path)
-    if out is not None and find_spec("matplotlib") is not None:
+    if out is not None and facts["device"] == "cpu" and find_spec("matplotlib") is not None:
         from signvote.cli.bench import plots  # it imports the extra
 
         written += plots.write(out, measured, facts["machine"]["cpu"])

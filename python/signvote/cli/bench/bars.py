@@ -16,8 +16,11 @@ LIMITS = {
     "xor_rows": "plain XOR of the rows",
     "read_rows_then_write": "plain read of the rows, then write",
     "copy": "plain copy",
+    "transfer": "words to the host and back",
 }
 MANY_COORDINATES = 1_000_000  # from here on a second thread must pay
+CUDA_MEGABYTES = 1024  # 256M coordinates
+CUDA_ROWS = (3, 8, 16, 64)
 CODEC_COPY_SHARE = 0.2
 CODEC_NANOSECONDS = 0.25
 
@@ -50,6 +53,19 @@ def judge(results: Sequence[Result], best: str) -> list[Bar]:
         *_against_numpy([op for op in ops if (op.name, op.threads) == (best, 1)], results),
         *_avx2([op for op in ops if (op.name, op.threads) == ("avx2", 1)]),
         *_codec([op for op in ops if (op.name, op.threads) == (best, 2)], results),
+    ]
+
+
+def judge_cuda(results: Sequence[Result]) -> list[Bar]:
+    """The same for ops on a CUDA device."""
+    group = "on a CUDA device, against the fastest of plain copy, read and write"
+    return [
+        Bar(group, _what(op), op.megabytes, op.ratios["limit"], 0.9, LIMITS[op.limit or ""])
+        for op in results
+        if op.kind == "op"
+        and op.megabytes >= CUDA_MEGABYTES
+        and op.zeros == "none"
+        and (op.op in ("pack_signs", "pack_momentum", "unpack_signs") or op.rows in CUDA_ROWS)
     ]
 
 

@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from signvote import _limits, ops
+from signvote import ops
 from signvote.cli.bench import expected, peers
 from signvote.cli.bench.expected import Words, check_equal
 from signvote.cli.bench.measure import Contender
+from signvote.cli.bench.places import Cuda, Host, Place
+from signvote.ddp.layout import BucketLayout
+from signvote.ddp.trailer import TRAILER_WORDS
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 ROWS = (2, 3, 4, 5, 7, 8, 15, 16, 31, 32, 63, 64, 256)
@@ -60,23 +63,6 @@ def aligned(numel: int, dtype: Any) -> NDArray[Any]:
     if memory.data_ptr() % CACHE_LINE:
         raise RuntimeError(f"torch: expected memory at a multiple of {CACHE_LINE} bytes, got {memory.data_ptr():#x}")
     return memory.numpy().view(dtype)
-
-
-def as_argument(x: NDArray[Any]) -> Any:
-    """As the ops take it: bits of bfloat16 and words that go with them as tensors, all else as it is."""
-    return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if x.dtype == np.uint16 else x
-
-
-def words_like(x: NDArray[Any], words: Words) -> Any:
-    return as_tensor(words) if x.dtype == np.uint16 else words
-
-
-def as_tensor(x: NDArray[Any]) -> torch.Tensor:
-    """The same memory: words as int32, bits of bfloat16 as bfloat16."""
-    if x.dtype == np.uint32:
-        return torch.from_numpy(x.view(np.int32))
-    argument = as_argument(x)
-    return argument if isinstance(argument, torch.Tensor) else torch.from_numpy(argument)
 
 
 class Data:
@@ -132,6 +118,7 @@ class Options:
 
     implementations: Sequence[tuple[str, int]]
     with_peers: bool = True
+    device: torch.device | None = None  # a CUDA device, in place of the CPU
 
 
 def contenders(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
@@ -140,11 +127,19 @@ def contenders(case: Case, data: Data, options: Options) -> tuple[list[Contender
 
 
 class _Field:
-    """Collects the contenders of a case."""
+    """Collects the contenders of a case.
+
+    No function of theirs refers to it: nothing would end that cycle while the garbage collector is off.
+    """
 
     def __init__(self, case: Case, options: Options) -> None:
         self.case, self.options = case, options
+        self.place: Place = Host() if options.device is None else Cuda(options.device)
         self.contenders: list[Contender] = []
+
+    @property
+    def is_on_cpu(self) -> bool:
+        return self.options.device is None
 
     def ops(self, call: Callable[..., object], check: Callable[[str], None]) -> None:
         """``call`` takes the options of an op; ``check`` is handed the label, after the call."""
@@ -153,26 +148,42 @@ class _Field:
 
     def limit(self, name: str, call: Callable[[int], object]) -> None:
         for threads in sorted({threads for _, threads in self.options.implementations}):
+            if not self.is_on_cpu:
+                call(threads)  # copies what it works on to the device
             self._add("limit", name, threads, functools.partial(call, threads), None)
 
     def peer(self, name: str, call: Callable[[], object], check: Callable[[str], None]) -> None:
         if self.options.with_peers and self.case.numel * (self.case.rows or 1) <= MOST_PEER_BITS:
             self._add("peer", name, 1, call, check)
 
-    @staticmethod
-    def _bind(call: Callable[..., object], name: str, threads: int) -> Callable[[], object]:
-        return lambda: call(implementation=name, num_threads=threads)
+    def numpy(self, call: Callable[[], object], check: Callable[[str], None]) -> None:
+        """The peer that works in host memory only."""
+        if self.is_on_cpu:
+            self.peer("numpy", call, check)
+
+    def done(self, size: int) -> tuple[list[Contender], int]:
+        """What a builder returns, for ``size`` bytes."""
+        if isinstance(self.place, Cuda):
+            copy = self.place.limits.copy_of_size(size)
+            self.limit("copy", lambda threads: copy())
+        return self.contenders, size
+
+    def _bind(self, call: Callable[..., object], name: str, threads: int) -> Callable[[], object]:
+        how = {"implementation": name, "num_threads": threads} if self.is_on_cpu else {}
+        return functools.partial(call, **how)
 
     def _add(
         self, kind: str, name: str, threads: int, call: Callable[[], object], check: Callable[[str], None] | None
     ) -> None:
-        label = f"{self.case.label()}: {name}, threads {threads}"
-        contender = Contender(kind, name, threads, call)
+        label, place = f"{self.case.label()}: {name}, threads {threads}", self.place
+        contender = Contender(kind, name, threads, call, seconds=place.seconds)
         if check is not None:
             checked = check
 
             def call_and_check() -> None:
+                place.bring()
                 call()
+                place.fetch()
                 checked(label)
 
             contender.check = call_and_check
@@ -184,17 +195,20 @@ def _pack_signs(case: Case, data: Data, options: Options) -> tuple[list[Contende
     out = aligned(case.numel // 32, np.uint32)
     right = expected.pack_signs(x, SEED)
     check = _checker(out, right)
-    argument, words = as_argument(x), words_like(x, out)
     field = _Field(case, options)
+    limits = field.place.limits
+    argument, words = field.place.arguments([x], [out])
     field.ops(lambda **how: ops.pack_signs(argument, seed=SEED, out=words, **how), check)
-    field.limit("read", lambda threads: _limits.read(x, threads))
+    field.limit("read", lambda threads: limits.read(x, threads))
     if case.zeros == "none":
-        tensor, tensor_out = as_tensor(x), as_tensor(out)
+        tensor, tensor_out = field.place.tensors([x], [out])
         signs = expected.pack_signs(x, None)
         if case.dtype != "bfloat16":
-            field.peer("numpy", lambda: peers.numpy_pack(x, out), _checker(out, signs))
+            field.numpy(lambda: peers.numpy_pack(x, out), _checker(out, signs))
         field.peer("torch", lambda: peers.torch_pack(tensor, tensor_out), _checker(out, signs))
-    return field.contenders, x.nbytes
+        if not field.is_on_cpu and case.dtype != "bfloat16" and peers.find_cupy():
+            field.peer("cupy", lambda: peers.cupy_pack(tensor, tensor_out), _checker(out, signs))
+    return field.done(x.nbytes)
 
 
 def _pack_momentum(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
@@ -214,17 +228,17 @@ def _pack_momentum(case: Case, data: Data, options: Options) -> tuple[list[Conte
         check_equal(label, out, signs)
         start()
 
-    argument, words = as_argument(x), words_like(x, out)
-    momentum = torch.from_numpy(m) if isinstance(argument, torch.Tensor) else m
-    coefficients = (BETA, 1 - BETA, BETA, 1 - BETA)
     field = _Field(case, options)
+    limits = field.place.limits
+    argument, momentum, words = field.place.arguments([x], [m, out])
+    coefficients = (BETA, 1 - BETA, BETA, 1 - BETA)
     field.ops(
         lambda **how: ops.pack_momentum(argument, momentum, coefficients=coefficients, seed=SEED, out=words, **how),
         check,
     )
     # XOR leaves numbers of any kind: it has a momentum of its own.
     kept = aligned(case.numel, m.dtype)
-    field.limit("update", lambda threads: _limits.update(x, kept, threads))
+    field.limit("update", lambda threads: limits.update(x, kept, threads))
 
     def check_roughly(label: str) -> None:
         if not np.allclose(m, right, rtol=1e-3, atol=1e-6):
@@ -232,15 +246,15 @@ def _pack_momentum(case: Case, data: Data, options: Options) -> tuple[list[Conte
         start()
 
     scratch = aligned(case.numel, m.dtype)
-    gradient, momentum_tensor, tensor_out = as_tensor(x), torch.from_numpy(m), as_tensor(out)
+    gradient, momentum_tensor, tensor_out = field.place.tensors([x], [m, out])
 
     def torch_peer() -> None:
         peers.torch_pack_momentum(gradient, momentum_tensor, BETA, tensor_out)
 
     if case.dtype != "bfloat16":
-        field.peer("numpy", lambda: peers.numpy_pack_momentum(x, m, BETA, scratch, out), check_roughly)
+        field.numpy(lambda: peers.numpy_pack_momentum(x, m, BETA, scratch, out), check_roughly)
     field.peer("torch", torch_peer, check_roughly)
-    return field.contenders, x.nbytes + 2 * m.nbytes
+    return field.done(x.nbytes + 2 * m.nbytes)
 
 
 def _unpack_signs(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
@@ -251,16 +265,18 @@ def _unpack_signs(case: Case, data: Data, options: Options) -> tuple[list[Conten
         expected.check_unpacked(label, out, words, SCALE)
         spoil(out)
 
-    argument, target = words_like(out, words), as_argument(out)
     field = _Field(case, options)
+    limits = field.place.limits
+    argument, target = field.place.arguments([words], [out])
     field.ops(lambda **how: ops.unpack_signs(argument, case.numel, scale=SCALE, out=target, **how), check)
-    field.limit("write", lambda threads: _limits.write(out, 1, threads))
-    field.limit("repeat", lambda threads: _limits.repeat(words, out, threads))
-    tensor, tensor_out = as_tensor(words), as_tensor(out)
+    field.limit("write", lambda threads: limits.write(out, 1, threads))
+    if field.is_on_cpu:
+        field.limit("repeat", lambda threads: limits.repeat(words, out, threads))
+    tensor, tensor_out = field.place.tensors([words], [out])
     if case.dtype != "bfloat16":
-        field.peer("numpy", lambda: peers.numpy_unpack(words, SCALE, out), check)
+        field.numpy(lambda: peers.numpy_unpack(words, SCALE, out), check)
     field.peer("torch", lambda: peers.torch_unpack(tensor, SCALE, tensor_out), check)
-    return field.contenders, out.nbytes
+    return field.done(out.nbytes)
 
 
 def _majority_vote(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
@@ -278,23 +294,27 @@ def _majority_vote(case: Case, data: Data, options: Options) -> tuple[list[Conte
         spoil(out)
 
     field = _Field(case, options)
-    field.ops(lambda **how: ops.majority_vote(rows, seed=SEED, numel=case.numel, out=out, **how), check)
+    limits = field.place.limits
+    argument, voted = field.place.arguments([rows], [out])
+    field.ops(lambda **how: ops.majority_vote(argument, seed=SEED, numel=case.numel, out=voted, **how), check)
     row_list = list(rows)
-    field.limit("xor_rows", lambda threads: _limits.xor_rows(row_list, out, threads))
-    field.limit("read_rows_then_write", lambda threads: _limits.read_rows_then_write(row_list, out, threads))
+    if field.is_on_cpu:
+        field.limit("xor_rows", lambda threads: limits.xor_rows(row_list, out, threads))
+    many: Any = row_list if field.is_on_cpu else rows
+    field.limit("read_rows_then_write", lambda threads: limits.read_rows_then_write(many, out, threads))
     if case.numel * case.rows <= MOST_PEER_BITS and options.with_peers:
-        signs = torch.from_numpy((2 * expected.unpack_bits(rows, case.numel) - 1).view(np.int8))
-        majority = torch.empty(case.numel, dtype=torch.int16)
+        signs = torch.from_numpy((2 * expected.unpack_bits(rows, case.numel) - 1).view(np.int8)).to(field.place.device)
+        majority = torch.empty(case.numel, dtype=torch.int16, device=field.place.device)
 
         def check_numpy(label: str) -> None:
             expected.check_vote(label, out, rows, case.numel, None)
 
         def check_torch(label: str) -> None:
-            expected.check_vote(label, expected.pack_bits((majority > 0).numpy()), rows, case.numel, None)
+            expected.check_vote(label, expected.pack_bits((majority > 0).cpu().numpy()), rows, case.numel, None)
 
-        field.peer("numpy", lambda: peers.numpy_vote(row_list, out), check_numpy)
+        field.numpy(lambda: peers.numpy_vote(row_list, out), check_numpy)
         field.peer("torch", lambda: peers.torch_vote(signs, majority), check_torch)
-    return field.contenders, (case.rows + 1) * out.nbytes
+    return field.done((case.rows + 1) * out.nbytes)
 
 
 def _codec(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
@@ -319,8 +339,43 @@ def _codec(case: Case, data: Data, options: Options) -> tuple[list[Contender], i
 
     field = _Field(case, options)
     field.ops(codec, check)
-    field.limit("copy", lambda threads: _limits.copy(x, bucket, threads))
+    limits = field.place.limits
+    field.limit("copy", lambda threads: limits.copy(x, bucket, threads))
     return field.contenders, x.nbytes + bucket.nbytes
+
+
+def hook_bytes(numel: int) -> int:
+    """Of the message that the hook copies to the host for a bucket of ``numel`` coordinates, and of the one back."""
+    return BucketLayout([numel], [0], SHARDS, TRAILER_WORDS).new_message().nbytes
+
+
+def _round_trip(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
+    """Pack, copy as many bytes to pinned memory as the hook, and back, unpack: all on one stream, in one run."""
+    x = data.gradient("float32", case.numel)
+    bucket = aligned(case.numel, np.float32)
+    right = expected.pack_signs(x, SEED)
+    field = _Field(case, options)
+    gradient, target = field.place.tensors([x], [bucket])
+    pinned = torch.empty(hook_bytes(case.numel) // 4, dtype=torch.int32).pin_memory()
+    message = torch.zeros_like(pinned, device=field.place.device)
+    words = message[: case.numel // 32]
+
+    def there_and_back() -> None:
+        pinned.copy_(message, non_blocking=True)
+        message.copy_(pinned, non_blocking=True)
+
+    def round_trip(**how: Any) -> None:
+        ops.pack_signs(gradient, seed=SEED, out=words, **how)
+        there_and_back()
+        ops.unpack_signs(words, case.numel, scale=SCALE, out=target, **how)
+
+    def check(label: str) -> None:
+        expected.check_unpacked(label, bucket, right, SCALE)
+        spoil(bucket)
+
+    field.ops(round_trip, check)
+    field.limit("transfer", lambda threads: there_and_back())
+    return field.contenders, x.nbytes + bucket.nbytes + 2 * message.nbytes
 
 
 def _checker(out: NDArray[Any], right: NDArray[Any]) -> Callable[[str], None]:
@@ -343,5 +398,6 @@ _BUILDERS: dict[str, Callable[[Case, Data, Options], tuple[list[Contender], int]
     "unpack_signs": _unpack_signs,
     "majority_vote": _majority_vote,
     "codec": _codec,
+    "round_trip": _round_trip,
 }
 OPS = tuple(_BUILDERS)

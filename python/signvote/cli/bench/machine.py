@@ -11,6 +11,8 @@ import numpy
 import torch
 
 import signvote
+from signvote.cli.info import dotted
+from signvote.cuda import find_module
 
 
 def versions() -> dict[str, str]:
@@ -31,6 +33,21 @@ def machine() -> dict[str, object]:
         "pages": pages(),
         "platform": platform.platform(),
         "implementations": signvote.implementations(),
+    }
+
+
+def cuda_device(device: torch.device) -> dict[str, object]:
+    """What is to be known of figures that were measured on a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    module = find_module()
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_gigabytes": round(properties.total_memory / 1e9, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "driver": f"for CUDA {dotted(module.driver_version())}",
+        "runtime": f"CUDA {dotted(module.runtime_version())}",
+        "torch": f"CUDA {torch.version.cuda}",
     }
 
 

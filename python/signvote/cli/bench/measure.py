@@ -41,6 +41,13 @@ def quantile(ordered: Sequence[float], part: float) -> float:
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
+def seconds_of_host(call: Callable[[], object], calls: int) -> float:
+    begin = time.perf_counter_ns()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter_ns() - begin) * 1e-9
+
+
 @dataclass
 class Contender:
     """Something to be timed. ``check`` calls it once and raises if its result is wrong."""
@@ -50,6 +57,7 @@ class Contender:
     threads: int
     call: Callable[[], object]
     check: Callable[[], None] | None = None
+    seconds: Callable[[Callable[[], object], int], float] = seconds_of_host  # of so many calls
     # Seconds of a call, by the round they were taken in.
     samples: dict[int, float] = field(default_factory=dict)
     calls: int = 1  # in each sample
@@ -103,10 +111,7 @@ def sample(contender: Contender, warm: bool) -> float:
     call, calls = contender.call, contender.calls
     if warm:
         call()
-    begin = time.perf_counter_ns()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter_ns() - begin) / calls * 1e-9
+    return contender.seconds(call, calls) / calls
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,10 @@ from numpy.typing import NDArray
 
 from signvote.cli.bench.expected import Words
 
-SHIFTS = torch.arange(32, dtype=torch.int32)
+
+@functools.cache
+def shifts(device: torch.device) -> torch.Tensor:
+    return torch.arange(32, dtype=torch.int32, device=device)
 
 
 def numpy_pack(x: NDArray[Any], out: Words) -> None:
@@ -41,7 +46,7 @@ def numpy_vote(rows: Sequence[Words], out: Words) -> None:
 
 
 def torch_pack(x: torch.Tensor, out: torch.Tensor) -> None:
-    torch.sum((x > 0).view(-1, 32) << SHIFTS, dim=1, dtype=torch.int32, out=out)
+    torch.sum((x > 0).view(-1, 32) << shifts(x.device), dim=1, dtype=torch.int32, out=out)
 
 
 def torch_pack_momentum(x: torch.Tensor, m: torch.Tensor, beta: float, out: torch.Tensor) -> None:
@@ -50,10 +55,26 @@ def torch_pack_momentum(x: torch.Tensor, m: torch.Tensor, beta: float, out: torc
 
 
 def torch_unpack(words: torch.Tensor, scale: float, out: torch.Tensor) -> None:
-    bits = words.unsqueeze(1) >> SHIFTS & 1
+    bits = words.unsqueeze(1) >> shifts(words.device) & 1
     torch.mul(bits, 2 * scale, out=out.view(-1, 32)).sub_(scale)
 
 
 def torch_vote(signs: torch.Tensor, out: torch.Tensor) -> None:
     """Of signs that are unpacked already, one byte each; ties become 0."""
     torch.sign(torch.sum(signs, dim=0, dtype=torch.int16), out=out)
+
+
+@functools.cache
+def find_cupy() -> Any:
+    """CuPy, or None where it is not installed or cannot be used, whatever it raises then."""
+    try:
+        return importlib.import_module("cupy")
+    except Exception:
+        return None
+
+
+def cupy_pack(x: torch.Tensor, out: torch.Tensor) -> None:
+    cupy = find_cupy()
+    with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        packed = cupy.packbits(cupy.from_dlpack(x) > 0, bitorder="little")
+        cupy.from_dlpack(out.view(torch.uint8))[:] = packed

@@ -19,7 +19,7 @@ RUN_NOISE = 0.03
 def table(results: Sequence[Result]) -> str:
     """One line for each op, grouped, with the limits below those they belong to."""
     ops = [result for result in results if result.kind == "op"]
-    with_peers = [name for name in ("numpy", "torch") if any(name in op.ratios for op in ops)]
+    with_peers = [name for name in ("numpy", "torch", "cupy") if any(name in op.ratios for op in ops)]
     threads = ["1 thread"] if any(op.threads > 1 for op in ops) else []
     header = ["", "MB", "threads", "", "GB/s", "ns/coord.", "of the limit", "quartiles"]
     header += [f"/ {name}" for name in (*with_peers, *threads)]

@@ -1,0 +1,186 @@
+// The ops as the native modules have them, each once for all targets: check every argument, release the GIL, call the
+// target. A target is made of an op's last arguments, and its methods are the ops on what has been checked.
+#ifndef SIGNVOTE_OPS_H
+#define SIGNVOTE_OPS_H
+
+#include <array>
+#include <optional>
+
+#include "bindings/arguments.h"
+#include "kernels.h"
+#include "run.h"
+
+namespace signvote {
+namespace binding {
+
+struct Coordinates {
+  DType dtype;
+  Span span;
+};
+
+// Runs, and what their coins come from.
+struct Seeded {
+  Runs runs;
+  CoinsOf coins_of;
+  uint64_t seed;
+};
+
+template <class Target, class... TargetArguments>
+auto pack_signs(const Array& x, py::handle dtype_name, py::handle zeros_name, py::handle seed, const Array& out,
+                TargetArguments... target_arguments) {
+  const char* op = "pack_signs";
+  const Target target(op, target_arguments...);
+  const DType dtype = to_dtype(op, dtype_name);
+  const Undecided zeros = to_undecided(op, "zeros", zeros_name);
+  const Coordinates source{dtype, to_coordinates({op, "x"}, x, dtype, Access::kRead)};
+  const Run whole = whole_run(source.span.size);
+  const Seeded work{{&whole, 1}, coins_of_array, to_uint64(op, "seed", seed)};
+  const Argument out_argument{op, "out"};
+  const Span words = to_words(out_argument, out, Access::kWrite);
+  check_size(out_argument, words, "words", num_words(source.span.size));
+  check_apart(out_argument, words, "x", source.span);
+  py::gil_scoped_release release;
+  return target.pack_signs(source, work, zeros, words);
+}
+
+template <class Target, class... TargetArguments>
+auto pack_momentum(const Array& x, py::handle dtype_name, const Array& momentum_array,
+                   const std::array<double, 4>& coefficients_array, py::handle zeros_name, py::handle seed,
+                   const Array& out, TargetArguments... target_arguments) {
+  const char* op = "pack_momentum";
+  const Target target(op, target_arguments...);
+  const DType dtype = to_dtype(op, dtype_name);
+  const Undecided zeros = to_undecided(op, "zeros", zeros_name);
+  const Coordinates source{dtype, to_coordinates({op, "x"}, x, dtype, Access::kRead)};
+  const Span momentum = to_momentum(op, momentum_array, dtype, source.span.size);
+  const MomentumCoefficients coefficients = to_coefficients(op, dtype, coefficients_array);
+  const Run whole = whole_run(source.span.size);
+  const Seeded work{{&whole, 1}, coins_of_array, to_uint64(op, "seed", seed)};
+  const Argument out_argument{op, "out"};
+  const Span words = to_words(out_argument, out, Access::kWrite);
+  check_size(out_argument, words, "words", num_words(source.span.size));
+  check_apart({op, "momentum"}, momentum, "x", source.span);
+  check_apart(out_argument, words, "x", source.span);
+  check_apart(out_argument, words, "momentum", momentum);
+  py::gil_scoped_release release;
+  return target.pack_momentum(source, momentum, coefficients, work, zeros, words);
+}
+
+template <class Target, class... TargetArguments>
+auto has_nonfinite(const Array& x, py::handle dtype_name, TargetArguments... target_arguments) {
+  const char* op = "has_nonfinite";
+  const Target target(op, target_arguments...);
+  const DType dtype = to_dtype(op, dtype_name);
+  const Coordinates source{dtype, to_coordinates({op, "x"}, x, dtype, Access::kRead)};
+  const Run whole = whole_run(source.span.size);
+  py::gil_scoped_release release;
+  return target.has_nonfinite(source, {&whole, 1});
+}
+
+template <class Target, class... TargetArguments>
+auto majority_vote(const py::object& stack, py::handle numel_object, py::handle ties_name, py::handle seed,
+                   const Array& out, TargetArguments... target_arguments) {
+  const char* op = "majority_vote";
+  const Target target(op, target_arguments...);
+  const Undecided ties = to_undecided(op, "ties", ties_name);
+  const Rows rows = to_rows({op, "stack"}, stack, Target::kTakesLists);
+  const size_t numel = numel_object.is_none() ? rows.width * 32 : to_size(op, "numel", numel_object);
+  if (num_words(numel) != rows.width) {
+    Argument{op, "stack"}.value_error("has " + std::to_string(rows.width) + " words in a row",
+                                      std::to_string(num_words(numel)) + " for numel " + std::to_string(numel));
+  }
+  const Run whole = whole_run(numel);
+  const Seeded work{{&whole, 1}, coins_of_array, to_uint64(op, "seed", seed)};
+  const Argument out_argument{op, "out"};
+  const Span words = to_words(out_argument, out, Access::kWrite);
+  check_size(out_argument, words, "words", rows.width);
+  check_apart(out_argument, words, "stack", rows);
+  py::gil_scoped_release release;
+  return target.majority_vote(rows, work, ties, words);
+}
+
+template <class Target, class... TargetArguments>
+void unpack_signs(const Array& words_array, py::handle numel_object, py::handle dtype_name, uint64_t positive,
+                  const Array& out, TargetArguments... target_arguments) {
+  const char* op = "unpack_signs";
+  const Target target(op, target_arguments...);
+  const DType dtype = to_dtype(op, dtype_name);
+  const Argument words_argument{op, "words"};
+  const Span words = to_words(words_argument, words_array, Access::kRead);
+  const size_t numel = to_size(op, "numel", numel_object);
+  check_size(words_argument, words, "words", num_words(numel));
+  const Argument out_argument{op, "out"};
+  const Coordinates result{dtype, to_coordinates(out_argument, out, dtype, Access::kWrite)};
+  check_size(out_argument, result.span, "coordinates", numel);
+  check_apart(out_argument, result.span, "words", words);
+  const Run whole = whole_run(numel);
+  py::gil_scoped_release release;
+  target.unpack_signs(words, {&whole, 1}, positive, result);
+}
+
+template <class Target, class... TargetArguments>
+auto pack_runs(const Array& bucket, py::handle dtype_name, const std::optional<Array>& momentum_array,
+               const std::array<double, 4>& coefficients_array, const Array& runs_array, py::handle zeros_name,
+               py::handle seed, const Array& out, TargetArguments... target_arguments) {
+  const char* op = "pack_runs";
+  const Target target(op, target_arguments...);
+  const DType dtype = to_dtype(op, dtype_name);
+  const Undecided zeros = to_undecided(op, "zeros", zeros_name);
+  const Coordinates source{dtype, to_coordinates({op, "bucket"}, bucket, dtype, Access::kRead)};
+  const Argument out_argument{op, "out"};
+  const Span words = to_words(out_argument, out, Access::kWrite);
+  const Runs runs = to_runs(op, runs_array, source.span.size, words.size);
+  const Seeded work{runs, coins_by_place, to_uint64(op, "seed", seed)};
+  check_apart(out_argument, words, "bucket", source.span);
+  check_runs_apart(op, runs, "out", words);
+  if (!momentum_array) {
+    py::gil_scoped_release release;
+    return target.pack_signs(source, work, zeros, words);
+  }
+  const Span momentum = to_momentum(op, *momentum_array, dtype, source.span.size);
+  const MomentumCoefficients coefficients = to_coefficients(op, dtype, coefficients_array);
+  check_apart({op, "momentum"}, momentum, "bucket", source.span);
+  check_apart(out_argument, words, "momentum", momentum);
+  check_runs_apart(op, runs, "momentum", momentum);
+  py::gil_scoped_release release;
+  return target.pack_momentum(source, momentum, coefficients, work, zeros, words);
+}
+
+template <class Target, class... TargetArguments>
+auto vote_runs(const py::object& rows_object, const Array& runs_array, py::handle ties_name, py::handle seed,
+               const Array& out, TargetArguments... target_arguments) {
+  const char* op = "vote_runs";
+  const Target target(op, target_arguments...);
+  const Undecided ties = to_undecided(op, "ties", ties_name);
+  const Rows rows = to_rows({op, "rows"}, rows_object, Target::kTakesLists);
+  const Argument out_argument{op, "out"};
+  const Span words = to_words(out_argument, out, Access::kWrite);
+  check_size(out_argument, words, "words", rows.width);
+  const Runs runs = to_runs(op, runs_array, kAnyNumel, rows.width);
+  const Seeded work{runs, coins_by_place, to_uint64(op, "seed", seed)};
+  check_apart(out_argument, words, "rows", rows);
+  check_runs_apart(op, runs, "out", words);
+  py::gil_scoped_release release;
+  return target.majority_vote(rows, work, ties, words);
+}
+
+template <class Target, class... TargetArguments>
+void unpack_runs(const Array& words_array, const Array& runs_array, py::handle dtype_name, uint64_t positive,
+                 const Array& bucket, TargetArguments... target_arguments) {
+  const char* op = "unpack_runs";
+  const Target target(op, target_arguments...);
+  const DType dtype = to_dtype(op, dtype_name);
+  const Span words = to_words({op, "words"}, words_array, Access::kRead);
+  const Argument bucket_argument{op, "bucket"};
+  const Coordinates result{dtype, to_coordinates(bucket_argument, bucket, dtype, Access::kWrite)};
+  const Runs runs = to_runs(op, runs_array, result.span.size, words.size);
+  check_apart(bucket_argument, result.span, "words", words);
+  check_runs_apart(op, runs, "bucket", result.span);
+  py::gil_scoped_release release;
+  target.unpack_signs(words, runs, positive, result);
+}
+
+}  // namespace binding
+}  // namespace signvote
+
+#endif
