@@ -18,7 +18,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import signvote
 from ddp_jobs import Job, Outcome, batches, build, digest, in_memory_order, step, train
 from ranks import RankPool
 from signvote.ddp import MajorityVoteState
@@ -30,12 +29,6 @@ TIMEOUT = 120.0
 CYCLES = 20_000_000  # some 10 ms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(autouse=True)
-def _needs_gpu() -> None:
-    if not signvote.cuda_available():
-        pytest.skip("needs a CUDA device, and signvote built with its CUDA part")
 
 
 def train_to_bytes(job: Job) -> bytes:
