@@ -79,7 +79,7 @@ class Store:
         document = {"format": FORMAT, **where, **more, "pieces": self.pieces, **kinds}
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".new")
-        beside.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
         beside.replace(path)
 
     def curve(self, run: Run) -> Curve | None:
