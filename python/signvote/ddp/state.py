@@ -1,45 +1,24 @@
 """The state of the hook: options, each parameter's momentum, the step, and how they are saved."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal, SupportsIndex, overload
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
 from signvote.ddp import checkpoint
 from signvote.ddp.agreement import WIRE_VERSION, DisagreementError, check_agreement
 from signvote.ddp.channel import Channel
-from signvote.ddp.codec import Codec, Streams, new_codec
-from signvote.ddp.layout import BucketLayout
+from signvote.ddp.codec import Streams
+from signvote.ddp.exclude import Exclude, resolve
 from signvote.ddp.momentum import MomentumByPlace
-from signvote.ddp.options import VoteOptions
-from signvote.ddp.stats import Counters, Traffic, VoteStats
-from signvote.ddp.topology import Exchange, chosen, new_exchange, num_shards
-from signvote.ddp.trailer import TRAILER_WORDS
-
-
-@dataclass
-class BucketPlan:
-    """What the votes of one bucket have in common, until DDP changes the bucket."""
-
-    parameters: list[torch.Tensor]
-    dtype: torch.dtype
-    layout: BucketLayout
-    exchange: Exchange
-    codec: Codec
-    voter_runs: npt.NDArray[np.int64]  # of the shard on which this rank votes
-    momentum: torch.Tensor | None  # flat, in the order of the bucket's buffer
-
-    def fits(self, parameters: list[torch.Tensor], dtype: torch.dtype) -> bool:
-        return (
-            self.dtype == dtype
-            and len(self.parameters) == len(parameters)
-            and all(ours is theirs for ours, theirs in zip(self.parameters, parameters, strict=True))
-        )
+from signvote.ddp.options import LOSS_SCALE, Phase, VoteOptions
+from signvote.ddp.plan import BucketPlan, new_plan
+from signvote.ddp.stats import AgreementTracker, Counters, ParameterStats, Traffic, VoteStats
+from signvote.ddp.trailer import MAX_WEIGHT
 
 
 class MajorityVoteState:
