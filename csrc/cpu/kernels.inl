@@ -26,13 +26,11 @@
 // clang-format on
 
 #define SIGNVOTE_FOR_EACH_DTYPE(op) {op<kFloat32>, op<kFloat64>, op<kFloat16>, op<kBFloat16>}
-#define SIGNVOTE_KERNELS(name)             \
-  {name,                                   \
-   SIGNVOTE_FOR_EACH_DTYPE(pack_signs),    \
-   SIGNVOTE_FOR_EACH_DTYPE(pack_momentum), \
-   SIGNVOTE_FOR_EACH_DTYPE(has_nonfinite), \
-   majority_vote,                          \
-   add_counts,                             \
-   decide_counts,                          \
-   decide_counts_ternary,                  \
-   SIGNVOTE_FOR_EACH_DTYPE(unpack_signs)}
+#define SIGNVOTE_KERNELS(name)                                                                                         \
+  {                                                                                                                    \
+    name, SIGNVOTE_FOR_EACH_DTYPE(pack_signs), SIGNVOTE_FOR_EACH_DTYPE(pack_momentum),                                 \
+        SIGNVOTE_FOR_EACH_DTYPE(has_nonfinite), majority_vote, add_counts, nullptr, decide_counts,                     \
+        decide_counts_ternary, SIGNVOTE_FOR_EACH_DTYPE(unpack_signs), {nullptr, nullptr, nullptr, nullptr}, nullptr, { \
+      nullptr, nullptr, nullptr, nullptr                                                                               \
+    }                                                                                                                  \
+  }
