@@ -108,6 +108,7 @@ class Job:
 
     ``devices``: those of ranks 0, 1, ..., over and over. ``side_stream``: what is on a CUDA stream of its own:
     ``"construction"`` of the DDP model, whose gradients are then accumulated there, ``"training"`` or ``"all"``.
+    ``weights``: as ``devices``.
     """
 
     model: str = "mlp"
@@ -120,6 +121,7 @@ class Job:
     record: bool = True
     devices: tuple[str, ...] = ("cpu",)
     side_stream: str = "none"
+    weights: tuple[int, ...] = (1,)
 
     def device(self) -> str:
         """Of this rank."""
@@ -156,6 +158,7 @@ def build(
     torch.manual_seed(0)
     ddp = DistributedDataParallel(MODELS[job.model]().to(job.device()), **job.ddp)
     state = MajorityVoteState(**job.options) if state is None else state
+    state.weight = job.weights[dist.get_rank() % len(job.weights)]
     state.name_parameters(ddp.module.named_parameters())
     outcome = Outcome([], [], "", 0.0, set(), {})
     names = {parameter: name for name, parameter in ddp.module.named_parameters()}

@@ -65,7 +65,9 @@ class BallotOps(ABC):
         """Abstain where ``bucket`` is zero, too."""
 
 
-def cast(ops: BallotOps, bucket: torch.Tensor, momentum: torch.Tensor | None, ballot: Ballot, parts: list[Part]) -> None:
+def cast(
+    ops: BallotOps, bucket: torch.Tensor, momentum: torch.Tensor | None, ballot: Ballot, parts: list[Part]
+) -> None:
     """Write the votes on the voted ``parts`` of ``bucket``; ``momentum`` is replaced.
 
     Without abstention and noise this is one op. Otherwise what would be sent is made first, as float32 (float64 for
@@ -88,9 +90,7 @@ def cast(ops: BallotOps, bucket: torch.Tensor, momentum: torch.Tensor | None, ba
         ops.abstain_at_zeros_of(bucket)
 
 
-def _updated(
-    ops: BallotOps, bucket: torch.Tensor, momentum: torch.Tensor, coefficients: Coefficients
-) -> torch.Tensor:
+def _updated(ops: BallotOps, bucket: torch.Tensor, momentum: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
     """What is to be sent of ``momentum``, which is replaced by what is to be kept."""
     send, keep = coefficients[:2] * 2, coefficients[2:] * 2
     sent = momentum if send == keep else momentum.clone()

@@ -159,10 +159,9 @@ class MessageLayout:
         rows = self.bucket.num_shards if rows is None else rows
         return torch.zeros(rows, self.row_words, dtype=torch.int32, device="cpu")
 
-    def planes_of(self, row: torch.Tensor) -> torch.Tensor:
-        """The words of the shard: ``(S,)``, or ``(2, S)``."""
-        words = row[: self._dense_begin]
-        return words if self.num_planes == 1 else words.view(2, self.stride)
+    def words_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The sign bits of one row, or of each: one plane, or two one behind the other."""
+        return rows[..., : self._dense_begin]
 
     def dense_of(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The dense coordinates of one row, or of each, padding included."""

@@ -1,5 +1,7 @@
 """The options of a vote: checked once, compared between ranks, pickled with the state."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -28,6 +30,15 @@ class Phase(Enum):
     WARMUP = "warm-up"  # the vote of the gradients' signs; momentum is kept up
     VOTE = "vote"
     SWITCHED = "switched"  # the mean, for good
+
+    @property
+    def is_dense(self) -> bool:
+        return self in (Phase.DENSE, Phase.SWITCHED)
+
+    @property
+    def as_planned(self) -> Phase:
+        """What a bucket is laid out for: the warm-up differs in coefficients only."""
+        return Phase.VOTE if self is Phase.WARMUP else self
 
 
 @dataclass(frozen=True)
@@ -202,8 +213,7 @@ def _checked_scale(scale: object) -> float | str:
     number = _number(scale)
     if not (math.isfinite(number) and number > 0.0):
         raise ValueError(
-            "MajorityVoteState: scale: expected a finite number above 0, 'mean_abs' or a GradScaler, "
-            f"got {scale!r}"
+            f"MajorityVoteState: scale: expected a finite number above 0, 'mean_abs' or a GradScaler, got {scale!r}"
         )
     return number
 

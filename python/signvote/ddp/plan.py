@@ -9,7 +9,7 @@ import torch
 from signvote.ddp.codec import Codec, Streams, new_codec
 from signvote.ddp.layout import BucketLayout, MessageLayout
 from signvote.ddp.numbers import NumbersLayout
-from signvote.ddp.options import MEAN_ABS, VoteOptions
+from signvote.ddp.options import MEAN_ABS, Phase, VoteOptions
 from signvote.ddp.stats import Counters
 from signvote.ddp.topology import Exchange, chosen, new_exchange, num_shards
 from signvote.ddp.voter import Voter
@@ -20,26 +20,34 @@ class BucketPlan:
     """One bucket's way through a step.
 
     Attributes:
-        is_dense: Whether the mean is taken of all its parameters, and not only of those that are excluded.
-        voter: None on a rank that does not vote.
+        phase: As planned.
         momentum: Flat, in the order of the bucket's buffer.
     """
 
     parameters: list[torch.Tensor]
     dtype: torch.dtype
-    is_dense: bool
+    phase: Phase
     layout: BucketLayout
     sent: MessageLayout
     result: MessageLayout
     numbers: NumbersLayout
     exchange: Exchange
     codec: Codec
-    voter: Voter | None
+    voter: Voter
     momentum: torch.Tensor | None
 
-    def fits(self, parameters: list[torch.Tensor], dtype: torch.dtype) -> bool:
+    @property
+    def voted_places(self) -> list[int]:
+        return [part.place for part in self.layout.voted]
+
+    def begin_vote(self, seed: int) -> None:
+        """The next vote takes its coins from ``seed``."""
+        self.voter.begin(seed, self.codec.num_threads_of_worker)
+
+    def fits(self, parameters: list[torch.Tensor], dtype: torch.dtype, phase: Phase) -> bool:
         return (
-            self.dtype == dtype
+            self.phase is phase.as_planned
+            and self.dtype == dtype
             and len(self.parameters) == len(parameters)
             and all(ours is theirs for ours, theirs in zip(self.parameters, parameters, strict=True))
         )
@@ -50,9 +58,9 @@ def new_plan(
     parameters: list[torch.Tensor],
     places: list[int],
     buffer: torch.Tensor,
+    phase: Phase,
     *,
     excluded: frozenset[int],
-    is_dense: bool,
     has_progress: bool,
     momentum: torch.Tensor | None,
     rank: int,
@@ -69,7 +77,7 @@ def new_plan(
         momentum: None if nothing of the bucket has any, or it is not kept up.
     """
     numels = [parameter.numel() for parameter in parameters]
-    dense = frozenset(places) if is_dense else excluded.intersection(places)
+    dense = frozenset(places) if phase.is_dense else excluded.intersection(places)
     num_dense = sum(numel for numel, place in zip(numels, places, strict=True) if place in dense)
     bits = (2 if options.abstains else 1) * (sum(numels) - num_dense) + 8 * buffer.element_size() * num_dense
     topology = chosen(options.topology, bits, size)
@@ -85,19 +93,15 @@ def new_plan(
     sent = MessageLayout(layout, 2 if options.abstains else 1, numbers.size)
     result = sent if options.can_be_zero == options.abstains else MessageLayout(layout, 2, numbers.size)
     kept = sent
-    if is_dense and momentum is not None:
+    if phase.is_dense and momentum is not None:
         kept = MessageLayout(BucketLayout(numels, places, 1, dense=excluded))
     exchange = new_exchange(topology, sent, result, rank, size)
-    voter = None
-    if exchange.shard is not None:
-        voter = Voter(sent, result, exchange.shard, size, buffer.dtype, options, counters, implementation)
-    codec = new_codec(
-        buffer, sent, result, kept, exchange, counters, streams=streams, implementation=implementation
-    )
+    voter = Voter(sent, result, exchange.shard, size, buffer.dtype, options, counters, implementation)
+    codec = new_codec(buffer, sent, result, kept, exchange, counters, streams=streams, implementation=implementation)
     return BucketPlan(
         parameters=parameters,
         dtype=buffer.dtype,
-        is_dense=is_dense,
+        phase=phase.as_planned,
         layout=layout,
         sent=sent,
         result=result,

@@ -11,13 +11,14 @@ import torch.distributed as dist
 
 from signvote.ddp import checkpoint
 from signvote.ddp.agreement import WIRE_VERSION, DisagreementError, check_agreement
+from signvote.ddp.agreement_rates import AgreementRates
 from signvote.ddp.channel import Channel
 from signvote.ddp.codec import Streams
 from signvote.ddp.exclude import Exclude, resolve
 from signvote.ddp.momentum import MomentumByPlace
 from signvote.ddp.options import LOSS_SCALE, Phase, VoteOptions
 from signvote.ddp.plan import BucketPlan, new_plan
-from signvote.ddp.stats import AgreementTracker, Counters, ParameterStats, Traffic, VoteStats
+from signvote.ddp.stats import Counters, ParameterStats, Traffic, VoteStats
 from signvote.ddp.trailer import MAX_WEIGHT
 
 
@@ -44,16 +45,43 @@ class MajorityVoteState:
             float32 (float64 for float64 parameters).
         zeros: The bit of a coordinate that is exactly zero: ``"coin"`` (a reproducible coin, different on each rank,
             so that nothing drifts), ``"positive"`` or ``"negative"``.
-        ties: The result where as many ranks say + as -: ``"coin"`` (the same on all ranks), ``"positive"`` or
-            ``"negative"``.
-        scale: The gradient that comes out is ±scale.
+        ties: The result where as many ranks say + as -: ``"coin"`` (the same on all ranks), ``"positive"``,
+            ``"negative"``, or ``"zero"``, for which the vote takes two bits on its way back.
+        scale: The gradient that comes out is ±scale. ``"mean_abs"``: for each parameter the mean absolute gradient, a
+            mean over its coordinates and over the ranks, so that gradient norms, clipping and Adam keep their meaning.
+            A ``GradScaler``: the factor by which it has multiplied the loss, so that ±1 is left when it has unscaled
+            the gradients; momentum is then that of the unscaled gradients. It is not saved.
         topology: ``"sharded"`` (every rank is the server of one shard), ``"allgather"`` (every rank votes on
             everything), ``"server"`` (rank 0 is the server) or ``"auto"`` (``"allgather"`` between two ranks, and for
             buckets so small that a rank sends at most 16 KiB more than if ``"sharded"``, because it has one phase and
             not two; otherwise ``"sharded"``). All give the same bits.
         nonfinite: What a NaN or inf on any rank does: ``"propagate"`` fills the bucket with NaN on all ranks, which
             is what ``GradScaler`` looks for; ``"raise"`` raises on all ranks; ``"ignore"`` votes on.
-        seed: Seed of the coins.
+        abstain: Majority vote with abstention (Bernstein et al. 2018, section 6), of two bits each way. True: a rank
+            has no vote on a coordinate where its gradient, or what it would send, is exactly zero. A number: nor where
+            what it would send is no larger than that. ``"rms:0.1"``: no larger than 0.1 times the root mean square of
+            what it would send for the parameter. A coordinate on which nobody votes becomes 0 and does not move: rows
+            of an embedding, unused parameters, and ranks that have joined.
+        quorum: By how many votes one sign must lead, otherwise the coordinate becomes 0: an integer, or a float, the
+            share of all ranks' votes. With a quorum other than 1 ties are zero.
+        warmup_steps: Steps, from the first, in which momentum is kept up and the signs of the gradients are sent:
+            the warm-up of Theorem 3. ``"theory"``: as many as it asks for, see
+            :func:`signvote.optim.signum_warmup_steps`.
+        dense_steps: Steps, from the first, in which the mean of the gradients in full precision takes the place of the
+            vote, while momentum is kept up.
+        exclude: Parameters of which the mean is taken instead of the vote, within the same messages: names, patterns,
+            functions of name and parameter, see :func:`signvote.ddp.exclude.resolve`. The state must know the
+            parameters' names (:func:`attach` tells it). The mean is that of float32 (float64 for float64) sums in the
+            order of the ranks: the same bits on all of them.
+        dither: Standard deviation of Gaussian noise that is added before the sign, relative to the root mean square
+            of what is sent for the parameter; or a function of the step, from 1 on, that returns it. A remedy where
+            ranks have different data: the vote's expectation then grows with the mean (Chen et al. 2020). Each rank
+            draws its own, from the seed, the step and the parameter's place: a resumed job draws the same.
+        track_agreement: Whether ``stats(per_parameter=True)`` can tell how far the ranks agree; two numbers per
+            parameter travel with the vote.
+        weight: This rank's vote counts as so many, 1 to 65535: for batches or machines of unequal size. It need not be
+            the same on all ranks, and may be set anew between steps (``state.weight``). Means are weighted as well.
+        seed: Seed of the coins and of the noise.
         timeout: How long a rank waits for another before it raises. Default: the timeout of ``process_group``.
         implementation: The CPU's kernels to use, see :func:`signvote.implementations`. Default: the best.
 
@@ -68,9 +96,17 @@ class MajorityVoteState:
         momentum: float | tuple[float, float] = 0.9,
         zeros: str = "coin",
         ties: str = "coin",
-        scale: float = 1.0,
+        scale: float | str | torch.amp.GradScaler = 1.0,
         topology: str = "sharded",
         nonfinite: str = "propagate",
+        abstain: bool | float | str = False,
+        quorum: int | float = 1,
+        warmup_steps: int | str = 0,
+        dense_steps: int = 0,
+        exclude: Exclude = None,
+        dither: float | Callable[[int], float] = 0.0,
+        track_agreement: bool = False,
+        weight: int = 1,
         seed: int = 0,
         timeout: timedelta | None = None,
         implementation: str | None = None,
@@ -79,11 +115,20 @@ class MajorityVoteState:
             momentum=momentum,
             zeros=zeros,
             ties=ties,
-            scale=scale,
+            scale=LOSS_SCALE if isinstance(scale, torch.amp.GradScaler) else scale,
             topology=topology,
             nonfinite=nonfinite,
+            abstain=abstain,
+            quorum=quorum,
+            warmup_steps=warmup_steps,
+            dense_steps=dense_steps,
+            dither=dither,
+            track_agreement=track_agreement,
             seed=seed,
         )
+        self.grad_scaler = scale if isinstance(scale, torch.amp.GradScaler) else None
+        self.weight = weight
+        self._exclude = exclude
         self.timeout = timeout
         self.implementation = implementation
         # The group of all ranks is found when it is needed, also after it was destroyed and made anew.
@@ -96,6 +141,8 @@ class MajorityVoteState:
         self._traffic = Traffic()
         # What is tied to live objects: parameters, buckets, the process group.
         self._places: dict[torch.Tensor, int] = {}
+        self._excluded: frozenset[int] = frozenset()
+        self.agreement_rates = AgreementRates()
         self._plans: dict[int, BucketPlan] = {}
         self._device: torch.device | None = None
         self._streams: Streams | None = None
@@ -123,8 +170,10 @@ class MajorityVoteState:
         names = [name for name, _ in named]
         if self._names is not None and self._names != names:
             raise ValueError(f"name_parameters: names: expected those of the saved state, {self._names}, got {names}")
+        excluded = set(resolve(self._exclude, named))
         self._names = names
         self._places = {parameter: place for place, (_, parameter) in enumerate(named)}
+        self._excluded = frozenset(place for place, name in enumerate(names) if name in excluded)
 
     def _place(self, parameter: torch.Tensor) -> int:
         """Index of ``parameter`` in the model; without names, in the order in which DDP first showed them."""
@@ -182,24 +231,31 @@ class MajorityVoteState:
             self._channel.close()
         self._drop_plans()
 
-    def plan(self, channel: Channel, bucket: dist.GradBucket) -> BucketPlan:  # type: ignore[name-defined]
+    def plan(
+        self,
+        channel: Channel,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+        phase: Phase,
+    ) -> BucketPlan:
         """The plan of ``bucket``: made when DDP first shows it, and anew when DDP has rebuilt its buckets."""
         index, parameters, buffer = bucket.index(), bucket.parameters(), bucket.buffer()
         self._use_device(index, buffer.device)
         plan = self._plans.get(index)
-        if plan is not None and plan.fits(parameters, buffer.dtype):
+        if plan is not None and plan.fits(parameters, buffer.dtype, phase):
             return plan
         if plan is not None:
-            self._plans.clear()  # the buckets were rebuilt: the others are out of date too
-        plan = self._plans[index] = self._new_plan(channel, parameters, buffer)
+            self._plans.clear()  # the buckets were rebuilt, or laid out for votes: the others are out of date too
+        plan = self._plans[index] = self._new_plan(channel, index, parameters, buffer, phase)
         description = {
             "wire version": WIRE_VERSION,
             "world size": channel.size,
-            **self.options.as_dict(),
+            **self.options.described(),
             "step": self.step,
+            "phase": phase.value,
             f"numel of bucket {index}": plan.layout.numel,
             f"parameters of bucket {index}": len(parameters),
             f"dtype of bucket {index}": str(buffer.dtype),
+            f"parameters of bucket {index} of which the mean is taken": [part.place for part in plan.layout.dense],
         }
         name = self.vote_name(channel, index)
         channel.submit(lambda: self._agree(channel, name, description))
@@ -223,27 +279,31 @@ class MajorityVoteState:
     def has_plan(self, bucket_index: int) -> bool:
         return bucket_index in self._plans
 
-    def _new_plan(self, channel: Channel, parameters: list[torch.Tensor], buffer: torch.Tensor) -> BucketPlan:
+    def _new_plan(
+        self, channel: Channel, index: int, parameters: list[torch.Tensor], buffer: torch.Tensor, phase: Phase
+    ) -> BucketPlan:
+        if self._exclude is not None and self._names is None:
+            raise RuntimeError(
+                "majority_vote_hook: exclude needs the parameters' names: use attach(ddp), or name_parameters()"
+            )
         places = [self._place(parameter) for parameter in parameters]
-        numels = [parameter.numel() for parameter in parameters]
-        topology = chosen(self.options.topology, sum(numels), channel.size)
-        layout = BucketLayout(numels, places, num_shards(topology, channel.size), TRAILER_WORDS)
-        exchange = new_exchange(topology, layout, channel.rank, channel.size)
-        return BucketPlan(
-            parameters=parameters,
-            dtype=buffer.dtype,
-            layout=layout,
-            exchange=exchange,
-            codec=new_codec(
-                buffer,
-                layout.runs,
-                exchange,
-                self.counters,
-                streams=self._streams,
-                implementation=self.implementation,
-            ),
-            voter_runs=layout.shard_runs(exchange.shard) if exchange.shard is not None else layout.runs[:0],
-            momentum=self._momentum.gather(parameters, places, buffer) if self.options.has_momentum else None,
+        momentum = None
+        if self.options.has_momentum and phase is not Phase.SWITCHED and not self._excluded.issuperset(places):
+            momentum = self._momentum.gather(parameters, places, buffer, without=self._excluded)
+        return new_plan(
+            self.options,
+            parameters,
+            places,
+            buffer,
+            phase,
+            excluded=self._excluded,
+            has_progress=False,
+            momentum=momentum,
+            rank=channel.rank,
+            size=channel.size,
+            counters=self.counters,
+            streams=self._streams,
+            implementation=self.implementation,
         )
 
     def vote_name(self, channel: Channel, bucket_index: int) -> str:
@@ -286,9 +346,57 @@ class MajorityVoteState:
         self.counters.calls += 1
         return self.step
 
-    def stats(self) -> VoteStats:
-        """What this rank has done so far, see :class:`VoteStats`. With ``calls`` at 0 the hook is not in use."""
-        return self.counters.stats(self._traffic)
+    @property
+    def phase(self) -> Phase:
+        """What the current step does."""
+        return self.options.phase(self.step)
+
+    @property
+    def weight(self) -> int:
+        """This rank's vote counts as so many; may be set between steps."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: SupportsIndex) -> None:
+        try:
+            number = operator.index(weight)
+        except TypeError:
+            number = 0
+        if isinstance(weight, bool) or not 1 <= number <= MAX_WEIGHT:
+            raise ValueError(f"MajorityVoteState: weight: expected an integer from 1 to {MAX_WEIGHT}, got {weight!r}")
+        self._weight = number
+
+    def loss_scale(self) -> float:
+        """By what the gradients of this step are multiplied, as far as the hook must know."""
+        if not self.options.has_loss_scale:
+            return 1.0
+        if self.grad_scaler is None:
+            raise RuntimeError("signvote: this state was pickled with a GradScaler: set state.grad_scaler before use")
+        return float(self.grad_scaler.get_scale())
+
+    @overload
+    def stats(self, per_parameter: Literal[False] = False) -> VoteStats: ...
+
+    @overload
+    def stats(self, per_parameter: Literal[True]) -> dict[str, ParameterStats]: ...
+
+    def stats(self, per_parameter: bool = False) -> VoteStats | dict[str, ParameterStats]:
+        """What this rank has done so far, see :class:`VoteStats`. With ``calls`` at 0 the hook is not in use.
+
+        Args:
+            per_parameter: Instead, how far the ranks agreed on each parameter in the step before the last, by name, see
+                :class:`ParameterStats`; the same on every rank. A parameter on which nobody has voted is left out.
+
+        Raises:
+            RuntimeError: With ``per_parameter``, unless the state was made with ``track_agreement=True`` and knows the
+                parameters' names.
+        """
+        if not per_parameter:
+            return self.counters.stats(self._traffic)
+        if not self.options.track_agreement:
+            raise RuntimeError("stats: per_parameter: expected a state with track_agreement=True")
+        names = self._known_names("stats")
+        return {names[place]: rates for place, rates in self.agreement_rates.by_place.items()}
 
     # -- Saving ---------------------------------------------------------------------------------------------------
 
@@ -332,8 +440,13 @@ class MajorityVoteState:
             checkpoint.check_rank(state_dict, *self._rank_and_world_size("load_state_dict"))
             saved = state_dict["momentum"]
             shapes = {names[place]: parameter.shape for parameter, place in self._places.items()}
-            checkpoint.check_momentum(state_dict, shapes, self.options.has_momentum)
-            momentum = {place: saved[name].detach().clone() for place, name in enumerate(names) if name in saved}
+            expects_momentum = self.options.has_momentum and len(self._excluded) < len(names)
+            checkpoint.check_momentum(state_dict, shapes, expects_momentum)
+            momentum = {
+                place: saved[name].detach().clone()
+                for place, name in enumerate(names)
+                if name in saved and place not in self._excluded
+            }
         self.options = replace(self.options, seed=state_dict["seed"])
         self.step = state_dict["step"]
         self._momentum = MomentumByPlace(momentum)
@@ -363,7 +476,7 @@ class MajorityVoteState:
                 "would tell whose momentum is whose; use attach(ddp)"
             )
         return {
-            "options": self.options.as_dict(),
+            "options": {**self.options.as_dict(), "weight": self.weight, "exclude": self._exclude_to_save()},
             "timeout": self.timeout,
             "implementation": self.implementation,
             "has_group": self.process_group is not None or self._group_is_missing,
@@ -371,6 +484,12 @@ class MajorityVoteState:
             "names": self._names,
             "momentum": momentum,
         }
+
+    def _exclude_to_save(self) -> Exclude:
+        """Names, if they are known: functions cannot always be pickled, and could select others elsewhere."""
+        if self._names is None or not self._places:
+            return self._exclude
+        return [name for place, name in enumerate(self._names) if place in self._excluded] or None
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__init__(timeout=saved["timeout"], implementation=saved["implementation"], **saved["options"])  # type: ignore[misc]

@@ -23,7 +23,7 @@ class Voter:
 
     Args:
         sent, result: The messages on both ways.
-        shard: The shard on which this rank votes.
+        shard: The shard on which this rank votes, None if it does not.
         size: How many ranks there are.
         dtype: Of the bucket.
     """
@@ -32,7 +32,7 @@ class Voter:
         self,
         sent: MessageLayout,
         result: MessageLayout,
-        shard: int,
+        shard: int | None,
         size: int,
         dtype: torch.dtype,
         options: VoteOptions,
@@ -41,7 +41,7 @@ class Voter:
     ) -> None:
         self._sent, self._result = sent, result
         self._options, self._counters, self._implementation = options, counters, implementation
-        self._runs = result.shard_runs(shard)
+        self._runs = result.runs[:0] if shard is None else result.shard_runs(shard)
         self._dtype = dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self._sum = torch.zeros(sent.bucket.shard_dense, dtype=wide, device="cpu")
@@ -59,8 +59,11 @@ class Voter:
         weights = trailer.weights_of(received.numpy())
         if (weights == 1).all() and self._sent.num_planes == self._result.num_planes:
             with self._timed():
-                for rank, message in enumerate(received):
-                    self._add_but_votes(rank, message, 1)
+                self._trailers[:] = received[:, -TRAILER_WORDS:].numpy()
+                self._numbers[:] = self._sent.numbers_of(received)
+                if len(self._sum):
+                    for rank, message in enumerate(received):
+                        self._add_dense(rank, message, 1)
                 self._finish(self._vote_on_all(received, voted.view(-1)), voted.view(-1))
         else:
             for rank, message in enumerate(received):
@@ -77,26 +80,33 @@ class Voter:
                 self._tally = VoteTally(
                     32 * self._sent.stride,
                     len(self._trailers) * trailer.MAX_WEIGHT,
-                    ternary=self._sent.num_planes == 2,
+                    **({"ternary": True} if self._sent.num_planes == 2 else {}),
                 )
-            self._tally.add(self._sent.planes_of(message), weight, **self._chosen)
-            self._add_but_votes(rank, message, weight)
+            ballot = self._sent.words_of(message)
+            if self._sent.num_planes == 2:
+                ballot = ballot.view(2, self._sent.stride)
+            self._tally.add(ballot, weight, **self._chosen)
+            self._trailers[rank] = message[-TRAILER_WORDS:].numpy()
+            self._numbers[rank] = self._sent.numbers_of(message)
+            self._add_dense(rank, message, weight)
 
     def decide(self, voted: torch.Tensor) -> None:
         """As :class:`signvote.ddp.topology.Voter`."""
         with self._timed():
             row = voted.view(-1)
             assert self._tally is not None
+            words = self._result.words_of(row)
             if self._result.num_planes == 1:
-                undecided = self._tally.decide_runs(self._runs, row, **self._ties, **self._chosen)
+                undecided = self._tally.decide_runs(self._runs, words, **self._ties, **self._chosen)
             else:
-                undecided = self._tally.decide_ternary_runs(self._runs, row, **self._lead, **self._chosen)
+                undecided = self._tally.decide_ternary_runs(self._runs, words, **self._lead, **self._chosen)
             self._finish(undecided, row)
 
     def _vote_on_all(self, received: torch.Tensor, voted: torch.Tensor) -> int:
+        rows, words = self._sent.words_of(received), self._result.words_of(voted)
         if self._result.num_planes == 1:
-            return vote_runs(received, self._runs, voted, **self._ties, **self._chosen)
-        return vote_ternary_runs(received, self._runs, voted, **self._lead, **self._chosen)
+            return vote_runs(rows, self._runs, words, **self._ties, **self._chosen)
+        return vote_ternary_runs(rows, self._runs, words, **self._lead, **self._chosen)
 
     @property
     def _chosen(self) -> dict[str, Any]:
@@ -111,14 +121,13 @@ class Voter:
         votes = int(self._trailers[:, 4].astype(np.int64).sum())
         return {"stride": self._result.stride, "quorum": self._options.votes_to_lead(votes)}
 
-    def _add_but_votes(self, rank: int, message: torch.Tensor, weight: int) -> None:
-        if len(self._sum):
-            if rank == 0:
-                self._sum.zero_()
-            dense = self._sent.dense_of(message, self._dtype).to(self._sum.dtype)
-            self._sum.add_(dense if weight == 1 else dense * weight)  # never fused, like the reference
-        self._trailers[rank] = message[-TRAILER_WORDS:].numpy()
-        self._numbers[rank] = self._sent.numbers_of(message)
+    def _add_dense(self, rank: int, message: torch.Tensor, weight: int) -> None:
+        if not len(self._sum):
+            return
+        if rank == 0:
+            self._sum.zero_()
+        dense = self._sent.dense_of(message, self._dtype).to(self._sum.dtype)
+        self._sum.add_(dense if weight == 1 else dense * weight)  # never fused: the same bits on every CPU
 
     def _finish(self, undecided: int, voted: torch.Tensor) -> None:
         combined = trailer.combine(self._trailers, undecided)

@@ -16,8 +16,7 @@ from signvote.cli.bench import expected, peers
 from signvote.cli.bench.expected import Words, check_equal
 from signvote.cli.bench.measure import Contender
 from signvote.cli.bench.places import Cuda, Host, Place
-from signvote.ddp.layout import BucketLayout
-from signvote.ddp.trailer import TRAILER_WORDS
+from signvote.ddp.layout import BucketLayout, MessageLayout
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 ROWS = (2, 3, 4, 5, 7, 8, 15, 16, 31, 32, 63, 64, 256)
@@ -346,7 +345,7 @@ def _codec(case: Case, data: Data, options: Options) -> tuple[list[Contender], i
 
 def hook_bytes(numel: int) -> int:
     """Of the message that the hook copies to the host for a bucket of ``numel`` coordinates, and of the one back."""
-    return BucketLayout([numel], [0], SHARDS, TRAILER_WORDS).new_message().nbytes
+    return MessageLayout(BucketLayout([numel], [0], SHARDS)).new_message().nbytes
 
 
 def _round_trip(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
