@@ -27,7 +27,7 @@ import signvote
 from samples import BITS, DTYPES, SIZES, STORED, bit_rows, mixture, special, store, values, without_memory, word_rows
 from signvote import arguments, cuda, cuda_runs, ops
 from signvote.ddp.codec import CudaCodec, Streams
-from signvote.ddp.layout import TRAILER_WORDS, BucketLayout, MessageLayout
+from signvote.ddp.layout import TRAILER_WORDS, BucketLayout
 from signvote.ddp.stats import Counters
 from signvote.ddp.topology import Sharded
 from test_cuda_on_cpu import CUDA, STAND_IN, TILE, TILED_SIZES, VOTE_PIECE, build_objects, need_stand_in

@@ -28,7 +28,7 @@ import simulated_cuda
 from ddp_simulation import Simulation
 from ranks import RankPool
 from signvote import cuda, cuda_runs, runs
-from signvote.ddp import MajorityVoteState, codec, hook, majority_vote_hook, momentum
+from signvote.ddp import MajorityVoteState, codec, hook, majority_vote_hook, momentum, voter
 from simulated_cuda import DEVICE, Stream, allocate, raw, simulated, stream_context
 
 NUMELS = {"a": 70, "b": 1000, "c": 33}
@@ -513,7 +513,7 @@ def use_threads() -> tuple[list[int], int]:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with simulated(), buckets_of_ours(), mock.patch.object(hook, "vote_runs", recording):
+        with simulated(), buckets_of_ours(), mock.patch.object(voter, "vote_runs", recording):
             for i, parameter in enumerate(parameters):
                 call_hook(state, Bucket(i, [parameter], allocate(torch.zeros(100)), i == 2)).wait()
         return used, torch.get_num_threads()

@@ -1,8 +1,8 @@
 """The hook on real gloo ranks equals the single-process simulation, bit for bit and from the first step on."""
 
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 from unittest import mock
 

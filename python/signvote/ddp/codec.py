@@ -341,10 +341,9 @@ class CudaCodec(Codec):
             self._sent = bucket.new_zeros(exchange.sent.shape, dtype=torch.int32)
             self._scratch: torch.Tensor | None = None
             # What is counted while momentum is kept up, and while votes are packed.
-            self._counts = bucket.new_zeros(2, 2, dtype=torch.int64)
+            self._counts = bucket.new_zeros((2, 2), dtype=torch.int64)
             self._counts_here = torch.zeros(2, 2, dtype=torch.int64, device="cpu").pin_memory()
-            self._magnitudes_here = torch.zeros(len(sent.bucket.voted), device="cpu").pin_memory()
-            self._has_magnitudes = False
+            self._magnitudes_here: torch.Tensor | None = None
             with torch.cuda.stream(streams.returning):  # the caching allocator keeps its memory for that stream
                 self._result = bucket.new_empty(exchange.result.shape, dtype=torch.int32)
             self._pack_began, self._pack_ended, self._sent_ready, self._unpack_began, self._unpack_ended = (
@@ -362,15 +361,16 @@ class CudaCodec(Codec):
             stream, leaving = torch.cuda.current_stream(), self._streams.leaving
             self._pack_began.record(stream)
             self._write(bucket, momentum, ballot, self._sent)
-            self._has_magnitudes = ballot.has_magnitudes
             found = self._magnitudes(bucket, ballot)
+            if found is not None and self._magnitudes_here is None:
+                self._magnitudes_here = torch.zeros(found.shape, device="cpu").pin_memory()
             self._pack_ended.record(stream)
             leaving.wait_event(self._pack_ended)
             leaving.wait_event(self._unpack_ended)  # of the last message: the device has read exchange.result
             with torch.cuda.stream(leaving):
                 self._exchange.sent.copy_(self._sent, non_blocking=True)
                 self._counts_here.copy_(self._counts, non_blocking=True)
-                if found is not None:
+                if found is not None and self._magnitudes_here is not None:
                     self._magnitudes_here.copy_(found, non_blocking=True)
                     found.record_stream(leaving)
                 self._sent_ready.record(leaving)
@@ -430,7 +430,7 @@ class CudaCodec(Codec):
         return Packed(
             zeros=self._zeros(int(zeros)),
             nonfinite=int(nonfinite) + self._dense_nonfinite(self._dtype),
-            magnitudes=self._magnitudes_here.numpy().copy() if self._has_magnitudes else _NO_NUMBERS,
+            magnitudes=_NO_NUMBERS if self._magnitudes_here is None else self._magnitudes_here.numpy(),
         )
 
     def unpack(self, bucket: torch.Tensor, *, scale: float | Sequence[float]) -> None:

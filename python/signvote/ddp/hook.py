@@ -220,7 +220,8 @@ def _numbers(vote: _Vote, magnitudes: Numbers) -> Numbers:
     """What this rank sends."""
     plan = vote.plan
     numbers = np.zeros(plan.numbers.size, np.float32)
-    _, loss_scale, sent_magnitudes, agreements = plan.numbers.split(numbers)
+    progress, loss_scale, sent_magnitudes, agreements = plan.numbers.split(numbers)
+    progress[:] = vote.state.switching.own()
     loss_scale[:] = vote.state.loss_scale()
     sent_magnitudes[:] = magnitudes
     if agreements.size:
@@ -270,10 +271,16 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
             f"the lowest rank that has any is {result.first_rank - 1}"
         )
     try:
-        if result.nonfinite and state.options.nonfinite == "propagate":
+        scale = _learn(vote)
+        is_filled = result.nonfinite > 0 and state.options.nonfinite == "propagate"
+        if state.switching.needs_progress and not vote.phase.is_dense:
+            dot = None if is_filled else plan.codec.progress(vote.buffer) / state.loss_scale()
+            stepped = plan.layout.voted_numel - (result.undecided if plan.result.num_planes == 2 else 0)
+            state.switching.add(dot, stepped)
+        if is_filled:
             plan.codec.fill(vote.buffer, torch.nan)
         else:
-            plan.codec.unpack(vote.buffer, scale=_learn(vote))
+            plan.codec.unpack(vote.buffer, scale=scale)
         plan.codec.hand_over()
     except DeviceError as error:
         _fail(vote, error)
@@ -286,7 +293,10 @@ def _learn(vote: _Vote) -> float | Sequence[float]:
     if plan.numbers.agreements:
         state.agreement_rates.compare(plan.sent, plan.result, plan.exchange.sent, plan.exchange.result)
     if plan.numbers.size:
-        _, loss_scale, magnitudes, agreements = plan.numbers.split(plan.result.numbers_of(plan.exchange.result)[0])
+        learned = plan.result.numbers_of(plan.exchange.result)[0]
+        progress, loss_scale, magnitudes, agreements = plan.numbers.split(learned)
+        if progress.size:
+            state.switching.learn(float(progress[0]))
         if agreements.size:
             state.agreement_rates.learn(plan.voted_places, agreements)
         if scale == MEAN_ABS:

@@ -140,7 +140,7 @@ class MessageLayout:
 
     def __init__(self, bucket: BucketLayout, num_planes: int = 1, num_numbers: int = 0) -> None:
         self.bucket = bucket
-        self.num_planes = num_planes
+        self.num_planes, self.num_numbers = num_planes, num_numbers
         self.stride = bucket.shard_words
         self._dense_begin = num_planes * bucket.shard_words
         self._numbers_begin = self._dense_begin + bucket.shard_dense_words

@@ -78,11 +78,12 @@ def new_plan(
     """
     numels = [parameter.numel() for parameter in parameters]
     dense = frozenset(places) if phase.is_dense else excluded.intersection(places)
+    itemsize = torch.finfo(buffer.dtype).bits // 8
     num_dense = sum(numel for numel, place in zip(numels, places, strict=True) if place in dense)
-    bits = (2 if options.abstains else 1) * (sum(numels) - num_dense) + 8 * buffer.element_size() * num_dense
+    bits = (2 if options.abstains else 1) * (sum(numels) - num_dense) + 8 * itemsize * num_dense
     topology = chosen(options.topology, bits, size)
     shards = num_shards(topology, size)
-    layout = BucketLayout(numels, places, shards, dense=dense, itemsize=buffer.element_size())
+    layout = BucketLayout(numels, places, shards, dense=dense, itemsize=itemsize)
     num_voted = len(layout.voted)
     numbers = NumbersLayout(
         progress=int(has_progress),

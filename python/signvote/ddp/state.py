@@ -18,6 +18,8 @@ from signvote.ddp.exclude import Exclude, resolve
 from signvote.ddp.momentum import MomentumByPlace
 from signvote.ddp.options import LOSS_SCALE, Phase, VoteOptions
 from signvote.ddp.plan import BucketPlan, new_plan
+from signvote.ddp.hybrid import CalibratedSwitch
+from signvote.ddp.switching import Switching
 from signvote.ddp.stats import Counters, ParameterStats, Traffic, VoteStats
 from signvote.ddp.trailer import MAX_WEIGHT
 
@@ -143,6 +145,7 @@ class MajorityVoteState:
         self._places: dict[torch.Tensor, int] = {}
         self._excluded: frozenset[int] = frozenset()
         self.agreement_rates = AgreementRates()
+        self.switching = Switching(None, None, None)
         self._plans: dict[int, BucketPlan] = {}
         self._device: torch.device | None = None
         self._streams: Streams | None = None
@@ -252,6 +255,7 @@ class MajorityVoteState:
             **self.options.described(),
             "step": self.step,
             "phase": phase.value,
+            "switch to means": self.switching.described(),
             f"numel of bucket {index}": plan.layout.numel,
             f"parameters of bucket {index}": len(parameters),
             f"dtype of bucket {index}": str(buffer.dtype),
@@ -297,7 +301,7 @@ class MajorityVoteState:
             buffer,
             phase,
             excluded=self._excluded,
-            has_progress=False,
+            has_progress=index == 0 and not phase.is_dense and self.switching.needs_progress,
             momentum=momentum,
             rank=channel.rank,
             size=channel.size,
@@ -342,6 +346,7 @@ class MajorityVoteState:
             self.is_aborted = False
             self.step += 1
             self.counters.steps += 1
+            self.switching.begin(self.step)
         self._last_bucket = bucket_index
         self.counters.calls += 1
         return self.step
@@ -349,7 +354,57 @@ class MajorityVoteState:
     @property
     def phase(self) -> Phase:
         """What the current step does."""
-        return self.options.phase(self.step)
+        return Phase.SWITCHED if self.switching.is_over(self.step) else self.options.phase(self.step)
+
+    def switch_to_dense(
+        self,
+        at_step: int | None = None,
+        *,
+        rule: CalibratedSwitch | None = None,
+        lr: float | Callable[[], float] | None = None,
+    ) -> None:
+        """Go from votes to the mean of the gradients in full precision, for good; all ranks call it, between steps.
+
+        Either from a step on, or when a rule says so that also gives the learning rate with which SGD goes on. The hook
+        cannot change the optimizer: look at :attr:`switched_at` before each step, and replace it. The switch is logged
+        (logger ``signvote``), and saved with the state; ``lr`` is not: call this again before ``load_state_dict``.
+
+        Args:
+            at_step: The first step of which the mean is taken; ``state.step + 1`` is the next one.
+            rule: A :class:`signvote.ddp.CalibratedSwitch`. One number per step then travels with the vote.
+            lr: With a rule, the learning rate of the sign optimizer, or a function that returns that of the current
+                step.
+
+        Raises:
+            ValueError: If there is neither a step nor a rule, the step is past, or a rule comes without ``lr``.
+
+        Example::
+
+            state.switch_to_dense(rule=CalibratedSwitch(), lr=lambda: optimizer.param_groups[0]["lr"])
+            for batch in batches:
+                loss(ddp, batch).backward()
+                if state.switched_at == state.step:
+                    optimizer = torch.optim.SGD(ddp.parameters(), lr=state.calibrated_lr)
+                optimizer.step()
+        """
+        if (at_step is None) == (rule is None):
+            raise ValueError("switch_to_dense: expected at_step or rule, one of both")
+        if at_step is not None and (isinstance(at_step, bool) or not isinstance(at_step, int) or at_step <= self.step):
+            raise ValueError(f"switch_to_dense: at_step: expected an integer above {self.step}, got {at_step!r}")
+        if (rule is None) != (lr is None):
+            raise ValueError(f"switch_to_dense: lr: expected one with a rule and only then, got {lr!r}")
+        self.switching = Switching(at_step, rule, lr)
+        self._drop_plans()
+
+    @property
+    def switched_at(self) -> int | None:
+        """The first step of which the mean is taken for good, once that is decided."""
+        return self.switching.switched_at
+
+    @property
+    def calibrated_lr(self) -> float | None:
+        """With which SGD goes on, once the rule of :meth:`switch_to_dense` has decided."""
+        return self.switching.rule.learning_rate if self.switching.rule is not None else None
 
     @property
     def weight(self) -> int:
@@ -418,6 +473,7 @@ class MajorityVoteState:
             "seed": self.options.seed,
             "parameters": names,
             "momentum": {names[place]: momentum for place, momentum in self._momentum.items()},
+            "switch": self.switching.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, reset_momentum: bool = False) -> None:
@@ -447,6 +503,8 @@ class MajorityVoteState:
                 for place, name in enumerate(names)
                 if name in saved and place not in self._excluded
             }
+        if state_dict.get("switch") is not None:
+            self.switching.load_state_dict(state_dict["switch"])
         self.options = replace(self.options, seed=state_dict["seed"])
         self.step = state_dict["step"]
         self._momentum = MomentumByPlace(momentum)
@@ -483,6 +541,8 @@ class MajorityVoteState:
             "step": self.step,
             "names": self._names,
             "momentum": momentum,
+            "switch": self.switching.state_dict(),
+            "rule": self.switching.rule,
         }
 
     def _exclude_to_save(self) -> Exclude:
@@ -497,6 +557,8 @@ class MajorityVoteState:
         self.step = saved["step"]
         self._names = saved["names"]
         self._momentum = MomentumByPlace(saved["momentum"])
+        self.switching = Switching(None, saved["rule"], None)
+        self.switching.load_state_dict(saved["switch"])
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.as_dict().items())

@@ -46,7 +46,7 @@ class Voter:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self._sum = torch.zeros(sent.bucket.shard_dense, dtype=wide, device="cpu")
         self._trailers = np.zeros((size, TRAILER_WORDS), np.int32)
-        self._numbers = sent.numbers_of(sent.new_message(1)).repeat(size, axis=0)
+        self._numbers = np.zeros((size, sent.num_numbers), np.float32)
         self._tally: VoteTally[torch.Tensor] | None = None
         self._seed, self._num_threads = 0, 1
 
