@@ -160,11 +160,12 @@ class SignSGD(_SignOptimizer):
         With ``noise`` the step is :math:`x \leftarrow x - \eta \, (\mathrm{sign}(g) + \nu n + \lambda x)`, where
         :math:`n` is drawn from the normal distribution for every coordinate of the parameters that have a gradient
         in this step, also where that is 0. The paper proposes it in section 6, as it might help Signum to generalise.
-        The noise is a function of seed, number of noisy steps, place of the parameter among those of the optimizer, and
-        place of the coordinate: all workers draw the same, also on other kinds of CPU and on GPUs, and nothing is sent.
-        It takes its values from the 65,536 quantiles at :math:`(k + 1/2) / 65536`: it is never beyond 4.33, and its
-        variance is 1 to within 0.003 %. ``noise`` may differ between groups, and change: a schedule sets
-        ``group["noise"]``. A checkpoint holds all of it in the groups, and continues bit for bit.
+        It is a function of the seed, the number of noisy steps, the parameter's place in the optimizer and the
+        coordinate's in the parameter, so that all workers draw the same and nothing is sent. Neither the kind of CPU
+        nor a GPU makes a difference (no GPU has run it yet). The values are the 65,536 quantiles at
+        :math:`(k + 1/2) / 65536`: none is beyond 4.33, and the variance is 1 to within 0.003 %. ``noise`` may differ
+        between groups, and may change: a schedule sets ``group["noise"]``. A checkpoint holds all of it in the groups,
+        and continues bit for bit.
 
     .. note::
         NaN or infinity in a gradient makes the parameter NaN, as it would in other optimizers. ``torch.sign`` alone
