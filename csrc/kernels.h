@@ -84,9 +84,9 @@ struct Kernels {
                             Undecided ties, uint64_t coins, uint32_t* out);
 
   // Ternary: active is 1 where the count is positive_from or more, or less than negative_below, and sign is 1 in the
-  // first case. Both limits are less than 2^num_planes.
-  void (*decide_counts_ternary)(const uint32_t* const* planes, size_t num_planes, uint64_t negative_below,
-                                uint64_t positive_from, size_t numel, uint32_t* sign, uint32_t* active);
+  // first case. Both limits are less than 2^num_planes. Returns how many of the numel coordinates are 0.
+  uint64_t (*decide_counts_ternary)(const uint32_t* const* planes, size_t num_planes, uint64_t negative_below,
+                                    uint64_t positive_from, size_t numel, uint32_t* sign, uint32_t* active);
 
   // out[i] = the value whose bits are `positive`, with its sign bit flipped where the bit of coordinate i is 0.
   void (*unpack_signs[kNumDTypes])(const uint32_t* words, size_t numel, uint64_t positive, void* out);

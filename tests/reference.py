@@ -143,7 +143,8 @@ def pack_ternary(x: Floats, threshold: float = 0.0) -> tuple[Words, int, int]:
 
     They are compared as real numbers: the threshold is not rounded to the dtype of ``x``. NaN abstains too.
     """
-    x = x.reshape(-1).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # of signaling NaN
+        x = x.reshape(-1).astype(np.float64)
     active = abs(x) > threshold
     abstained = ~active & ~np.isnan(x)
     planes = np.stack([words_of(active & (x > 0)), words_of(active)])

@@ -18,19 +18,27 @@
 // clang-format off
 #include "blocks.inl"
 #include "pack.inl"
+#include "pack_ternary.inl"
 #include "momentum.inl"
 #include "unpack.inl"
 #include "vote_writer.inl"
 #include "vote.inl"
+#include "vote_ternary.inl"
 #include "counters.inl"
 // clang-format on
 
 #define SIGNVOTE_FOR_EACH_DTYPE(op) {op<kFloat32>, op<kFloat64>, op<kFloat16>, op<kBFloat16>}
-#define SIGNVOTE_KERNELS(name)                                                                                         \
-  {                                                                                                                    \
-    name, SIGNVOTE_FOR_EACH_DTYPE(pack_signs), SIGNVOTE_FOR_EACH_DTYPE(pack_momentum),                                 \
-        SIGNVOTE_FOR_EACH_DTYPE(has_nonfinite), majority_vote, add_counts, nullptr, decide_counts,                     \
-        decide_counts_ternary, SIGNVOTE_FOR_EACH_DTYPE(unpack_signs), {nullptr, nullptr, nullptr, nullptr}, nullptr, { \
-      nullptr, nullptr, nullptr, nullptr                                                                               \
-    }                                                                                                                  \
-  }
+#define SIGNVOTE_KERNELS(name)             \
+  {name,                                   \
+   SIGNVOTE_FOR_EACH_DTYPE(pack_signs),    \
+   SIGNVOTE_FOR_EACH_DTYPE(pack_momentum), \
+   SIGNVOTE_FOR_EACH_DTYPE(has_nonfinite), \
+   majority_vote,                          \
+   add_counts,                             \
+   add_counts_ternary,                     \
+   decide_counts,                          \
+   decide_counts_ternary,                  \
+   SIGNVOTE_FOR_EACH_DTYPE(unpack_signs),  \
+   SIGNVOTE_FOR_EACH_DTYPE(pack_ternary),  \
+   majority_vote_ternary,                  \
+   SIGNVOTE_FOR_EACH_DTYPE(unpack_ternary)}
