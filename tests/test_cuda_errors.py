@@ -110,6 +110,68 @@ UNTYPED_OPS: Any = ops
         ),
         (lambda x, w: signvote.unpack_signs(w, 128, scale=1e39), ValueError, "unpack_signs: scale is 1e+39, expected"),
         (lambda x, w: signvote.unpack_signs(w, 100, out=x[1:]), ValueError, "unpack_signs: out has 99 coordinates"),
+        (lambda x, w: signvote.pack_ternary(x, threshold=-1), ValueError, "pack_ternary: threshold is -1.0, expected"),
+        (lambda x, w: signvote.pack_ternary(x, out=w), ValueError, "pack_ternary: out has shape torch.Size([4])"),
+        (
+            lambda x, w: signvote.pack_ternary(x, out=w.view(2, 2)),
+            ValueError,
+            "pack_ternary: out has shape torch.Size([2, 2]), expected (2, 4)",
+        ),
+        (
+            lambda x, w: signvote.pack_ternary(x, out=w.expand(2, 4)),
+            ValueError,
+            "pack_ternary: out overlaps itself, expected memory of its own",
+        ),
+        (
+            lambda x, w: signvote.pack_ternary(x, out=x.view(torch.int32)[:8].view(2, 4)),
+            ValueError,
+            "pack_ternary: out overlaps x",
+        ),
+        (
+            lambda x, w: signvote.pack_ternary(x, implementation="avx2"),
+            ValueError,
+            "pack_ternary: implementation is 'avx2'",
+        ),
+        (
+            lambda x, w: signvote.majority_vote_ternary(w.view(2, 2)),
+            ValueError,
+            "majority_vote_ternary: stack has shape torch.Size([2, 2]), expected (M, 2, W)",
+        ),
+        (
+            lambda x, w: signvote.majority_vote_ternary(w.view(1, 2, 2), quorum=0),
+            ValueError,
+            "majority_vote_ternary: quorum is 0, expected an integer from 1",
+        ),
+        (
+            lambda x, w: signvote.majority_vote_ternary([w.view(2, 2), w.view(2, 2)], out=w.view(2, 2)),
+            ValueError,
+            "majority_vote_ternary: out overlaps stack",
+        ),
+        (
+            lambda x, w: signvote.majority_vote_ternary(w.view(1, 2, 2), out=w.view(2, 2)),
+            ValueError,
+            "majority_vote_ternary: out overlaps stack",
+        ),
+        (
+            lambda x, w: signvote.majority_vote_ternary([w.view(2, 2), w[:2].view(2, 1)]),
+            ValueError,
+            "majority_vote_ternary: stack[1] has shape torch.Size([2, 1]), expected (2, 2)",
+        ),
+        (
+            lambda x, w: signvote.majority_vote_ternary([w.view(2, 2), w]),
+            ValueError,
+            "majority_vote_ternary: stack[1] has shape torch.Size([4]), expected (2, 2)",
+        ),
+        (
+            lambda x, w: signvote.unpack_ternary(w.view(2, 2), 100),
+            ValueError,
+            "unpack_ternary: planes has shape (2, 2), expected (2, 4) for numel 100",
+        ),
+        (
+            lambda x, w: signvote.unpack_ternary(w.view(2, 2), 64, out=x[1:]),
+            ValueError,
+            "unpack_ternary: out has 99 coordinates, expected 64",
+        ),
     ],
 )
 def test_errors(
@@ -140,6 +202,8 @@ def test_tensors_without_memory(device: torch.device) -> None:
             signvote.majority_vote([words, words_of_none])
         with pytest.raises(ValueError, match="^unpack_signs: words " + message):
             signvote.unpack_signs(words_of_none, 100)
+        with pytest.raises(ValueError, match="^unpack_ternary: planes " + message):
+            signvote.unpack_ternary(words_of_none, 100)
     empty = torch.empty(0, device=device)
     assert signvote.pack_signs(empty).shape == (0,)
     assert not signvote.has_nonfinite(empty)
@@ -170,6 +234,28 @@ def test_runs_are_checked_as_on_the_cpu(device: torch.device, row: tuple[int, ..
         cuda_runs.vote_runs(words.new_zeros(1, 4), runs, words.new_zeros(4), tensor, ties="coin", seed=0)
     with pytest.raises(ValueError, match=r"^vote_runs: counts has 2 counts, expected 1$"):
         cuda_runs.vote_runs(words.new_zeros(1, 4), runs, words.new_zeros(4), tensor.long(), ties="coin", seed=0)
+
+
+def test_ternary_runs_are_checked_as_on_the_cpu(device: torch.device) -> None:
+    runs = cuda_runs.DeviceRuns.of(np.array([[0, 0, 100, 0, 1]]), 100, 5, device)
+    x, words = torch.ones(100, device=device), torch.zeros(10, dtype=torch.int32, device=device)
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    calls: dict[str, Callable[[torch.Tensor, int], object]] = {
+        "pack_ternary_runs": lambda w, stride: cuda_runs.pack_ternary_runs(x, runs, w, counts, stride=stride),
+        "vote_ternary_runs": lambda w, stride: cuda_runs.vote_ternary_runs(
+            w[None].clone(), runs, w, counts[:1], stride=stride
+        ),
+        "unpack_ternary_runs": lambda w, stride: cuda_runs.unpack_ternary_runs(w, runs, stride, x),
+    }
+    for name, call in calls.items():
+        call(words[:9], 4)
+        for size, stride, message in (
+            (8, 4, "runs has word 1 and numel 100 in row 0, expected a range within 4 words"),
+            (10, 3, "stride is 3, expected 4 or more, as row 0 of runs has so many words"),
+            (10, 11, "stride is 11, expected at most 10"),
+        ):
+            with pytest.raises(ValueError, match=f"^{name}: {message}$"):
+                call(words[:size], stride)
 
 
 def test_ops_on_runs_take_cuda_tensors_only(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +328,13 @@ def test_counts_have_memory_of_their_own(device: torch.device) -> None:
     tied = rows[1].view(torch.int64)[:1]
     with pytest.raises(ValueError, match=r"^vote_runs: counts overlaps the rows, expected memory of its own$"):
         cuda_runs.vote_runs(rows, runs, words, tied, ties="coin", seed=0)
+    row = torch.zeros(4, dtype=torch.int32, device=device)
+    for words_of_counts in (slice(0, 2), slice(2, 4)):
+        tied = row[words_of_counts].view(torch.int64)
+        with pytest.raises(ValueError, match=r"^vote_ternary_runs: counts overlaps another argument, expected memory "):
+            cuda_runs.vote_ternary_runs(row[None].clone(), runs, row, tied, stride=2)
+        with pytest.raises(ValueError, match=r"^vote_ternary_runs: counts overlaps the rows, expected memory of its "):
+            cuda_runs.vote_ternary_runs(row[None], runs, row.clone(), tied, stride=2)
     for other in (torch.float64, torch.uint64, torch.complex64):
         with pytest.raises(TypeError, match=f"^vote_runs: counts is {other}, expected int64$"):
             cuda_runs.vote_runs(rows, runs, words, tied.clone().view(other), ties="coin", seed=0)
@@ -294,6 +387,9 @@ def test_without_the_cuda_part_the_error_says_how_to_build_it(monkeypatch: pytes
         "majority_vote: stack": lambda: signvote.majority_vote(stack),
         "majority_vote: stack[0]": lambda: signvote.majority_vote([words]),
         "unpack_signs: words": lambda: signvote.unpack_signs(words, 64),
+        "pack_ternary: x": lambda: signvote.pack_ternary(x),
+        "majority_vote_ternary: stack": lambda: signvote.majority_vote_ternary(stack),
+        "unpack_ternary: planes": lambda: signvote.unpack_ternary(stack, 64),
         "has_nonfinite: x": lambda: signvote.has_nonfinite(x),
     }
     for name, call in calls.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 import reference
 import signvote
 from cuda_stand_in import AS_TENSOR, TILE, TILED_SIZES, VOTE_PIECE, each_dtype, same_floats, to_numpy, to_tensor
-from samples import BITS, SIZES, STORED, bit_rows, mixture, special, values, word_rows
+from samples import BITS, SIZES, STORED, bit_rows, finite_special, mixture, special, ternary_rows, values, word_rows
 from signvote import cuda_runs, ops
 
 SEED = 2**63 + 12345
@@ -169,6 +170,129 @@ def test_unpack_signs(device: torch.device, dtype: str, numel: int) -> None:
         assert signvote.unpack_signs(to_tensor(words, device), numel, dtype=AS_TENSOR[dtype]).shape == (numel,)
 
 
+@pytest.mark.parametrize("numel", [*SIZES[::3], *TILED_SIZES])
+@each_dtype
+def test_pack_ternary(device: torch.device, dtype: str, numel: int) -> None:
+    stored = mixture(np.random.default_rng(numel), numel, dtype)
+    width = (numel + 31) // 32
+    for threshold, offset in ((0.0, 0), (0.5, 1), (np.inf, 8)):
+        expected, *_ = reference.pack_ternary(values(stored, dtype), threshold)
+        x = to_tensor(stored, device, dtype, offset)
+        assert np.array_equal(to_numpy(signvote.pack_ternary(x, threshold=threshold)), expected)
+        memory = torch.full((3, width + offset), 7, dtype=torch.int32, device=device)
+        out = memory[::2, :width]
+        assert signvote.pack_ternary(x, threshold=threshold, out=out) is out
+        assert np.array_equal(to_numpy(out), expected)
+        assert (memory[1] == 7).all()
+        assert (memory[:, width:] == 7).all()
+        assert np.array_equal(to_numpy(x), stored.view(BITS[dtype]))
+
+
+@each_dtype
+def test_thresholds_are_not_rounded(device: torch.device, dtype: str) -> None:
+    stored: NDArray[Any] = np.concatenate([np.roll(special(dtype), shift) for shift in range(len(special(dtype)))])
+    x = to_tensor(stored, device, dtype)
+    magnitudes = {abs(value) for value in values(finite_special(dtype), dtype).astype(np.float64).tolist()}
+    for magnitude in (*magnitudes, 0.1, 1e300):
+        for threshold in (math.nextafter(magnitude, 0), magnitude, math.nextafter(magnitude, math.inf)):
+            expected, *_ = reference.pack_ternary(values(stored, dtype), threshold)
+            assert np.array_equal(to_numpy(signvote.pack_ternary(x, threshold=threshold)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_pack_ternary_of_every_16_bit_pattern(device: torch.device, dtype: str) -> None:
+    stored: NDArray[Any] = np.arange(2**16, dtype=np.uint16).view(STORED[dtype])
+    x = to_tensor(stored, device, dtype)
+    for threshold in (0.0, 1e-6, 1.0, 70000.0, np.inf):
+        expected, *_ = reference.pack_ternary(values(stored, dtype), threshold)
+        assert np.array_equal(to_numpy(signvote.pack_ternary(x, threshold=threshold)), expected)
+
+
+@pytest.mark.parametrize("num_rows", [*range(1, 18), 31, 127, 128, 1001])
+def test_majority_vote_ternary(device: torch.device, num_rows: int) -> None:
+    rng = np.random.default_rng(num_rows)
+    for numel in (0, 1, 33, 65, 2 * VOTE_PIECE) if num_rows < 20 else (65,):
+        rows = ternary_rows(rng, num_rows, numel)
+        stack = to_tensor(rows, device).view(rows.shape)
+        for quorum in (1, 2, num_rows, num_rows + 1, 2**64 - 1):
+            expected, _ = reference.majority_vote_ternary(list(rows), numel, quorum)
+            votes = signvote.majority_vote_ternary(stack, quorum=quorum, numel=numel)
+            assert np.array_equal(to_numpy(votes), expected)
+
+
+@pytest.mark.parametrize(
+    ("shift", "out_shift", "gap", "plane_gap"),
+    [(0, 0, 0, 0), (1, 0, 0, 0), (0, 3, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (2, 2, 4, 4), (0, 0, 4, 4)],
+)
+def test_majority_vote_ternary_at_any_address(
+    device: torch.device, shift: int, out_shift: int, gap: int, plane_gap: int
+) -> None:
+    """Planes of whole pieces, that begin, or lie apart, or are written, at multiples of 16 bytes or elsewhere."""
+    numel = 2 * VOTE_PIECE + 100
+    width = (numel + 31) // 32
+    plane = width // 4 * 4 + 4 + plane_gap
+    row = 2 * plane + gap
+    memory = np.random.default_rng(shift).integers(0, 2**32, 5 * row + shift, dtype=np.uint32)
+
+    def planes_in(x: Any) -> Any:
+        return x[shift:].reshape(5, row)[:, : 2 * plane].reshape(5, 2, plane)[:, :, :width]
+
+    rows = planes_in(memory)
+    expected, _ = reference.majority_vote_ternary(list(rows), numel, 2)
+    stack = to_tensor(memory, device)[shift:].as_strided((5, 2, width), (row, plane, 1))
+    out = torch.full((2, width + out_shift + 1), 7, dtype=torch.int32, device=device)
+    written = out[:, out_shift:-1]
+    assert signvote.majority_vote_ternary(stack, quorum=2, numel=numel, out=written) is written
+    assert np.array_equal(to_numpy(written), expected)
+    assert (out[:, :out_shift] == 7).all()
+    assert (out[:, -1] == 7).all()
+
+
+def test_majority_vote_ternary_of_the_most_rows(device: torch.device) -> None:
+    numel, num_rows = 67, 65535
+    rows = ternary_rows(np.random.default_rng(0), num_rows, numel)
+    rows[:, 0, 0] |= 1  # all are positive at coordinate 0, and negative at coordinate 1
+    rows[:, 0, 0] &= ~np.uint32(2)
+    rows[:, 1, 0] |= 3
+    stack = to_tensor(rows, device).view(rows.shape)
+    for quorum in (1, num_rows, num_rows + 1):
+        expected, _ = reference.majority_vote_ternary(list(rows), numel, quorum)
+        assert np.array_equal(to_numpy(signvote.majority_vote_ternary(stack, quorum=quorum, numel=numel)), expected)
+
+
+def test_majority_vote_ternary_of_lists(device: torch.device) -> None:
+    wide = np.random.default_rng(3).integers(0, 2**32, (6, 2, 13), dtype=np.uint32)
+    on_device = to_tensor(wide, device).view(wide.shape)
+    for rows, columns in ((slice(None), slice(2, 9)), (slice(None, None, 2), slice(7)), (slice(1), slice(1, 8))):
+        expected, _ = reference.majority_vote_ternary(list(wide[rows, :, columns]), 220)
+        listed: list[torch.Tensor] = list(on_device[rows, :, columns])
+        assert np.array_equal(to_numpy(signvote.majority_vote_ternary(listed, numel=220)), expected)
+    # Between the planes there is room for the result.
+    out = on_device[1:3, 0, 9:]
+    expected, _ = reference.majority_vote_ternary(list(wide[..., :4]), 128)
+    assert signvote.majority_vote_ternary(on_device[..., :4], numel=128, out=out) is out
+    assert np.array_equal(to_numpy(out), expected)
+
+
+@pytest.mark.parametrize("numel", [*SIZES[::3], *TILED_SIZES])
+@each_dtype
+def test_unpack_ternary(device: torch.device, dtype: str, numel: int) -> None:
+    width = (numel + 31) // 32
+    memory = np.random.default_rng(numel).integers(0, 2**32, (2, width + 1), dtype=np.uint32)
+    planes = to_tensor(memory, device).view(memory.shape)[:, :width]
+    found = torch.from_numpy(reference.ternary_of(memory, numel))
+    for scale, offset in ((1.0, 0), (-0.3, 1), (0.0, 8)):
+        coordinates = torch.full((numel + offset + 9,), 7.0, dtype=AS_TENSOR[dtype], device=device)
+        out = coordinates[offset : offset + numel]
+        assert signvote.unpack_ternary(planes, numel, scale=scale, out=out) is out
+        value = torch.tensor(scale, dtype=AS_TENSOR[dtype])
+        expected = torch.where(found == 0, torch.zeros_like(value), torch.where(found > 0, value, -value))
+        assert np.array_equal(to_numpy(out), to_numpy(expected))
+        assert (coordinates[:offset] == 7).all()
+        assert (coordinates[offset + numel :] == 7).all()
+        assert signvote.unpack_ternary(planes, numel, dtype=AS_TENSOR[dtype]).shape == (numel,)
+
+
 def test_autograd_is_left_alone(device: torch.device) -> None:
     x = torch.ones(40, device=device, requires_grad=True)
     assert not signvote.pack_signs(x).requires_grad
@@ -224,6 +348,18 @@ def test_momentum_of_more_than_2_to_the_32_coordinates(gpu: torch.device) -> Non
 
 
 @pytest.mark.gpu
+def test_abstention_at_more_than_2_to_the_32_coordinates(gpu: torch.device) -> None:
+    need_memory(8 * LARGE)
+    x = torch.zeros(LARGE, dtype=torch.float16, device=gpu)
+    ones = torch.tensor([0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**32 + 4 * TILE, LARGE - 1], device=gpu)
+    x[ones] = torch.tensor([1.0, -1, 1, -1, 1, -1, 1], dtype=torch.float16, device=gpu)
+    planes = signvote.pack_ternary(x, threshold=0.5)
+    assert planes[1].ne(0).nonzero().flatten().tolist() == sorted({index // 32 for index in ones.tolist()})
+    assert torch.equal(signvote.majority_vote_ternary(planes.expand(3, -1, -1), numel=LARGE), planes)
+    assert torch.equal(signvote.unpack_ternary(planes, LARGE, dtype="float16"), x)
+
+
+@pytest.mark.gpu
 def test_side_streams(gpu: torch.device) -> None:
     """Ops do not overtake what is on their stream, and the memory of runs is kept for ops that are still to come."""
     numel = 2**22 + 77
@@ -245,13 +381,16 @@ def test_side_streams(gpu: torch.device) -> None:
         runs = cuda_runs.DeviceRuns.of(row, numel, words.numel(), gpu)  # in memory of the default stream
         with torch.cuda.stream(streams[round_ % 3]):
             cuda_runs.pack_runs(x, None, LION, runs, words, counts, zeros="coin", seed=0)
-            found.append((signvote.pack_signs(x), words, signvote.unpack_signs(words, numel)))
+            planes = signvote.pack_ternary(x)
+            restored = signvote.unpack_ternary(signvote.majority_vote_ternary([planes, planes], numel=numel), numel)
+            found.append((signvote.pack_signs(x), words, signvote.unpack_signs(words, numel), restored))
         size = runs.pieces.numel()
         del runs
         torch.full((size,), -1, dtype=torch.int64, device=gpu)  # where the pieces were, were they not kept
     torch.cuda.synchronize()
     signs = torch.where(host > 0, 1.0, -1.0)
-    for packed, words, unpacked in found:
+    for packed, words, unpacked, restored in found:
         assert torch.equal(packed.cpu(), expected)
         assert torch.equal(words.cpu(), expected)
         assert torch.equal(unpacked.cpu(), signs)
+        assert torch.equal(restored.cpu(), signs)

@@ -76,6 +76,41 @@ def test_runs(device: torch.device, dtype: str, numels: list[int]) -> None:
     assert np.array_equal(to_numpy(bucket), unpacked)
 
 
+@pytest.mark.parametrize("numels", [[], [1], [64, 0, 65, 63], [5000, 1, 1024, 1024, 3000, 9000]], ids=len)
+@each_dtype
+def test_ternary_runs(device: torch.device, dtype: str, numels: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    runs, num_coordinates, width = runs_of(numels, rng)
+    stride = width + 1
+    num_words = stride + width + 3
+    on_device = cuda_runs.DeviceRuns.of(runs, num_coordinates, num_words, device)
+    stored = mixture(rng, num_coordinates, dtype)
+    rows = rng.integers(0, 2**32, (5, num_words), dtype=np.uint32)
+    counts = torch.full((2,), -1, dtype=torch.int64, device=device)
+    expected = rows[0].copy()
+    out = to_tensor(expected, device)
+    bucket = to_tensor(stored, device, dtype)
+    cuda_runs.pack_ternary_runs(bucket, on_device, out, counts, stride=stride, threshold=0.5)
+    found = reference.pack_ternary_runs(values(stored, dtype), runs, expected, stride, 0.5)
+    assert np.array_equal(to_numpy(out), expected)
+    assert tuple(counts.tolist()) == found
+
+    expected = rows[0].copy()
+    out, zeros = to_tensor(expected, device), torch.full((1,), -1, dtype=torch.int64, device=device)
+    stack = to_tensor(rows, device).view(rows.shape)
+    cuda_runs.vote_ternary_runs(stack, on_device, out, zeros, stride=stride, quorum=2)
+    assert reference.vote_ternary_runs(list(rows), runs, expected, stride, 2) == zeros.item()
+    assert np.array_equal(to_numpy(out), expected)
+
+    cuda_runs.unpack_ternary_runs(to_tensor(rows[0], device), on_device, stride, bucket, scale=0.5)
+    scale: NDArray[Any] = store(np.array([0.0, 0.5, -0.5]), dtype).view(BITS[dtype])
+    unpacked = stored.view(BITS[dtype]).copy()
+    for _, _, numel, coordinate, word in runs.tolist():
+        ternary = reference.ternary_of(reference.planes_in(rows[0], word, numel, stride), numel)
+        unpacked[coordinate : coordinate + numel] = scale[ternary]
+    assert np.array_equal(to_numpy(bucket), unpacked)
+
+
 class AtOnce:
     """A stream or an event of the stand-in, which has done everything when a call returns."""
 
@@ -153,8 +188,12 @@ def test_memory_of_runs_is_kept_until_the_stream_has_used_it(
     cuda_runs.pack_runs(bucket, torch.zeros_like(bucket), LION, runs, words, counts, zeros="coin", seed=0)
     cuda_runs.vote_runs(words[None].clone(), runs, words, counts[:1], ties="coin", seed=0)
     cuda_runs.unpack_runs(words, runs, bucket)
+    two_planes = words.new_zeros(4)
+    cuda_runs.pack_ternary_runs(bucket, runs, two_planes, counts, stride=2)
+    cuda_runs.vote_ternary_runs(two_planes[None].clone(), runs, two_planes, counts[:1], stride=2)
+    cuda_runs.unpack_ternary_runs(two_planes, runs, 2, bucket)
     pieces, vote_pieces = runs.pieces.data_ptr(), runs.vote_pieces.data_ptr()
-    assert recorded == [pieces, pieces, vote_pieces, pieces]
+    assert recorded == [pieces, pieces, vote_pieces, pieces, pieces, vote_pieces, pieces]
 
 
 def sparse(numel: int, dtype: torch.dtype) -> torch.Tensor:
@@ -205,3 +244,41 @@ def test_runs_beyond_32_bits(device: torch.device, dtype: str) -> None:
     cuda_runs.unpack_runs(out, on_device, bucket, scale=0.5)
     unpacked = np.where(reference.bits_of(expected, numel), 0.5, -0.5)
     assert np.array_equal(bucket[coordinate:].double().numpy(), unpacked)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("device", ["stand-in"], indirect=True)
+def test_ternary_runs_beyond_32_bits(device: torch.device, dtype: str) -> None:
+    """Coordinates from 2**32 on, and planes that lie 2**31 words apart, or begin there."""
+    rng = np.random.default_rng(0)
+    numel, coordinate, stride, width = 9000, 2**32 + 8 * 77, 2**31 + 4 * 33, 282
+    end, words_end = coordinate + numel, 2 * stride + width
+    word = stride - 300
+    runs = np.array([[0, 0, numel, coordinate, word]])
+    on_device = cuda_runs.DeviceRuns.of(runs, end, words_end, device)
+    stored = mixture(rng, numel, dtype)
+    bucket = sparse(end, AS_TENSOR[dtype])
+    bucket[coordinate:] = to_tensor(stored, device, dtype)
+    out, counts = sparse(words_end, torch.int32), torch.zeros(2, dtype=torch.int64)
+
+    def planes_in(words: torch.Tensor) -> Any:
+        return np.stack([to_numpy(words[first : first + width]) for first in (word, word + stride)])
+
+    cuda_runs.pack_ternary_runs(bucket, on_device, out, counts, stride=stride, threshold=0.5)
+    expected, *found = reference.pack_ternary(values(stored, dtype), 0.5)
+    assert np.array_equal(planes_in(out), expected)
+    assert counts.tolist() == found
+
+    memory = sparse(words_end + 600, torch.int32)  # of rows that overlap
+    bits = rng.integers(0, 2**32, (2, width + 600), dtype=np.uint32)
+    for first, plane in zip((word, word + stride), bits, strict=True):
+        memory[first : first + width + 600] = to_tensor(plane, device)
+    rows = memory.as_strided((4, words_end), (200, 1))
+    cuda_runs.vote_ternary_runs(rows, on_device, out, counts[:1], stride=stride)
+    stack = [bits[:, 200 * i : 200 * i + width] for i in range(4)]
+    expected, zeros = reference.majority_vote_ternary(stack, numel)
+    assert np.array_equal(planes_in(out), expected)
+    assert counts[0] == zeros
+
+    cuda_runs.unpack_ternary_runs(out, on_device, stride, bucket, scale=0.5)
+    assert np.array_equal(bucket[coordinate:].double().numpy(), 0.5 * reference.ternary_of(expected, numel))
