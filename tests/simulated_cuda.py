@@ -375,6 +375,21 @@ def unpack_runs(words: Any, pieces: Any, bucket: Any, *, scale: float) -> None:
     DEVICE.current().queue(lambda: runs.unpack_runs(source, pieces, target, scale=scale))
 
 
+def pack_ternary_runs(bucket: Any, pieces: Any, out: Any, counts: Any, *, stride: int, threshold: float) -> None:
+    source, words, found = map(raw, (bucket, out, counts))
+
+    def kernel() -> None:
+        counted = runs.pack_ternary_runs(source, pieces, words, stride=stride, threshold=threshold)
+        found[:] = torch.tensor(counted, device="cpu")
+
+    DEVICE.current().queue(kernel)
+
+
+def unpack_ternary_runs(words: Any, pieces: Any, stride: int, bucket: Any, *, scale: float) -> None:
+    source, target = raw(words), raw(bucket)
+    DEVICE.current().queue(lambda: runs.unpack_ternary_runs(source, pieces, stride, target, scale=scale))
+
+
 class DeviceRuns:
     @staticmethod
     def of(table: Any, num_coordinates: int, num_words: int, device: torch.device) -> Any:
@@ -393,7 +408,13 @@ PATCHES: dict[Any, dict[str, Any]] = {
     torch.futures: {"Future": Future},
     torch.Tensor: {"pin_memory": pin_memory},
     cuda: {"module_for": lambda op, name, device: None},
-    cuda_runs: {"pack_runs": pack_runs, "unpack_runs": unpack_runs, "DeviceRuns": DeviceRuns},
+    cuda_runs: {
+        "pack_runs": pack_runs,
+        "unpack_runs": unpack_runs,
+        "pack_ternary_runs": pack_ternary_runs,
+        "unpack_ternary_runs": unpack_ternary_runs,
+        "DeviceRuns": DeviceRuns,
+    },
 }
 
 

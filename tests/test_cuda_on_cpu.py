@@ -1,53 +1,23 @@
-"""The CUDA kernels without a GPU: the same sources, built by the host compiler, every thread a fiber.
+"""The CUDA kernels on the stand-in for CUDA, in the C++ program that tests the CPU's.
 
-``tests/cpp/cuda_on_cpu`` stands in for CUDA. Here the kernels run in the C++ program that tests the CPU's, with
-sanitizers, buffers that end at guard pages, and a hostile floating-point environment.
+With sanitizers, buffers that end at guard pages, and a hostile floating-point environment.
 """
 
 from __future__ import annotations
 
-import platform
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from driver import FLAGS, SANITIZED, UNDECIDED, Cases, need, run
+from cuda_stand_in import CUDA, STAND_IN, TESTS, TILE, TILED_SIZES, VOTE_PIECE, build_objects, need_stand_in
+from driver import SANITIZED, UNDECIDED, Cases, run
 from samples import DTYPES, SIZES, bit_rows, mixture, special, store
 
-TESTS = Path(__file__).parent
-CUDA = TESTS.parent / "csrc" / "cuda"
-STAND_IN = TESTS / "cpp" / "cuda_on_cpu"
-# Two blocks at most, so that they have more than one piece for each of their warps.
-HOST_FLAGS = ["-Wno-unknown-pragmas", "-fno-strict-aliasing", "-DSIGNVOTE_CUDA_MAX_BLOCKS=2", "-I", str(STAND_IN)]
-
-TILE, VOTE_PIECE = 1024, 4096
-TILED_SIZES = (TILE, 2 * TILE, 5 * TILE - 1, 5 * TILE, 16 * TILE, 40 * TILE + 33)
 NUM_ROWS = (*range(1, 18), 23, 24, 25, 63, 64, 255, 256, 1000)
 
 pytestmark = pytest.mark.timeout(600)  # compilers, on a machine that may be busy
-
-
-def need_stand_in() -> None:
-    """For tests that are skipped where the stand-in cannot be built."""
-    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
-        pytest.skip("the stand-in for CUDA is written for Linux on x86-64")
-    need("g++")
-
-
-def build_objects(sources: list[Path], flags: list[str], directory: Path) -> list[str]:
-    """Two compilers at a time."""
-
-    def build_object(source: Path) -> str:
-        built = str(directory / f"{source.name}.o")
-        subprocess.run(["g++", *FLAGS, *HOST_FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", built], check=True)
-        return built
-
-    with ThreadPoolExecutor(2) as executor:
-        return list(executor.map(build_object, sources))
 
 
 def write_cases(cases: Cases) -> None:
