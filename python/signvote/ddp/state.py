@@ -15,12 +15,12 @@ from signvote.ddp.agreement_rates import AgreementRates
 from signvote.ddp.channel import Channel
 from signvote.ddp.codec import Streams
 from signvote.ddp.exclude import Exclude, resolve
+from signvote.ddp.hybrid import CalibratedSwitch
 from signvote.ddp.momentum import MomentumByPlace
 from signvote.ddp.options import LOSS_SCALE, Phase, VoteOptions
 from signvote.ddp.plan import BucketPlan, new_plan
-from signvote.ddp.hybrid import CalibratedSwitch
-from signvote.ddp.switching import Switching
 from signvote.ddp.stats import Counters, ParameterStats, Traffic, VoteStats
+from signvote.ddp.switching import Switching
 from signvote.ddp.trailer import MAX_WEIGHT
 
 

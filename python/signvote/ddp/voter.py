@@ -80,7 +80,7 @@ class Voter:
                 self._tally = VoteTally(
                     32 * self._sent.stride,
                     len(self._trailers) * trailer.MAX_WEIGHT,
-                    **({"ternary": True} if self._sent.num_planes == 2 else {}),
+                    ternary=self._sent.num_planes == 2,
                 )
             ballot = self._sent.words_of(message)
             if self._sent.num_planes == 2:
