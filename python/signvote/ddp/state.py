@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from signvote.ddp import checkpoint
+from signvote.ddp.advice import Advice
 from signvote.ddp.agreement import WIRE_VERSION, DisagreementError, check_agreement
 from signvote.ddp.agreement_rates import AgreementRates
 from signvote.ddp.channel import Channel
@@ -17,7 +18,7 @@ from signvote.ddp.codec import Streams
 from signvote.ddp.exclude import Exclude, resolve
 from signvote.ddp.hybrid import CalibratedSwitch
 from signvote.ddp.momentum import MomentumByPlace
-from signvote.ddp.options import LOSS_SCALE, Phase, VoteOptions
+from signvote.ddp.options import LOSS_SCALE, MEAN_ABS, Phase, VoteOptions
 from signvote.ddp.plan import BucketPlan, new_plan
 from signvote.ddp.stats import Counters, ParameterStats, Traffic, VoteStats
 from signvote.ddp.switching import Switching
@@ -151,6 +152,7 @@ class MajorityVoteState:
         self._streams: Streams | None = None
         self._last_bucket = -1
         self._channel: Channel | None = None
+        self._advice: Advice | None = None
         self._failure: str | None = None
         # DDP stops at the first bucket that raises: those behind it must not write into gradients any more.
         self.is_aborted = False
@@ -205,9 +207,29 @@ class MajorityVoteState:
                 self._channel = Channel(self.process_group, self.timeout, self._traffic)
             except Exception as error:
                 raise RuntimeError(f"signvote: rank {dist.get_rank(self.process_group)}: new group: {error}") from error
+            if self._channel.rank == 0 and self._advice is None:
+                self._give_advice(self._channel.size)
         if self._failure is not None:
             raise RuntimeError(self._failure)
         return self._channel
+
+    def _give_advice(self, size: int) -> None:
+        options = self.options
+        self._advice = Advice(
+            self._voted_parameters,
+            has_momentum=options.has_momentum,
+            scale=None if options.scale == MEAN_ABS else self._scale_to_step_with,
+        )
+        self._advice.check_world(size, "zero" if options.can_be_zero else options.ties)
+
+    def _voted_parameters(self) -> list[torch.Tensor]:
+        return [parameter for parameter, place in self._places.items() if place not in self._excluded]
+
+    def _scale_to_step_with(self) -> float | None:
+        """What the optimizer finds in the gradients, a loss scale taken out; None in steps that take the mean."""
+        if self.step == 0 or self.phase.is_dense:
+            return None
+        return self.options.scale if isinstance(self.options.scale, float) else 1.0
 
     def _check_process_group(self) -> None:
         if not dist.is_initialized():

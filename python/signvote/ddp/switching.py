@@ -31,8 +31,8 @@ class _Progress:
 class Switching:
     """What decides when a state's votes end.
 
-    The rule is of sᵀg with the mean gradient g. That is the mean of each rank's own sᵀg, which it knows when the vote is
-    back: it goes out with the next step's vote. So a step counts in the rule two steps later, on all ranks alike.
+    The rule is of sᵀg with the mean gradient g. That is the mean of each rank's own sᵀg, which it knows when the vote
+    is back: it goes out with the next step's vote. So a step counts in the rule two steps later, on all ranks alike.
 
     Args:
         at_step: The first step of which the mean is taken, None if the rule says.
