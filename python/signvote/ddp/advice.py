@@ -203,7 +203,7 @@ _watching: weakref.WeakSet[Advice] = weakref.WeakSet()
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _watching:
         return
     for advice in list(_watching):
         advice.look(optimizer, has_closure=any(map(callable, (*args[1:], kwargs.get("closure")))))
