@@ -431,12 +431,13 @@ def test_a_state_that_owns_its_advice_goes_with_it() -> None:
 # -- Under the hook ---------------------------------------------------------------------------------------------------
 
 
-def under_the_hook(clips: bool, loss_scale: float | None) -> list[str]:
+def under_the_hook(
+    clips: bool, loss_scale: float | None, momentum: float = 0.0, knows_scaler: bool = False
+) -> list[str]:
     ddp = DistributedDataParallel(mlp())
-    attach(ddp, momentum=0.0)
-    advice = Advice(ddp.parameters, has_momentum=False, scale=lambda: 1.0)
-    optimizer = torch.optim.SGD(ddp.parameters(), 0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale or 1.0, enabled=loss_scale is not None)
+    attach(ddp, momentum=momentum, scale=scaler if knows_scaler else 1.0)
+    optimizer = torch.optim.SGD(ddp.parameters(), 0.1, momentum=momentum)
 
     def train() -> None:
         for _ in range(3):
@@ -447,14 +448,22 @@ def under_the_hook(clips: bool, loss_scale: float | None) -> list[str]:
             scaler.step(optimizer)
             scaler.update()
 
-    texts = given(train)
-    advice.close()
-    return texts
+    return given(train)
 
 
-def test_votes_of_real_ranks(ranks: RankPool) -> None:
-    assert ranks.run(under_the_hook, False, None, world=2) == [[], []]
-    for (text,) in ranks.run(under_the_hook, True, None, world=2):
-        assert "If that is clipping" in text
-    for (text,) in ranks.run(under_the_hook, False, 1024.0, world=2):
-        assert "GradScaler divides the vote" in text
+@pytest.mark.parametrize(
+    ("arguments", "world", "expected"),
+    [
+        ((False, None), 3, None),
+        ((False, None), 2, "two workers tie"),
+        ((True, None), 3, "If that is clipping"),
+        ((False, 1024.0), 3, "GradScaler divides the vote"),
+        ((False, 1024.0, 0.0, True), 3, None),
+        ((False, None, 0.9), 3, "on top of the hook's momentum"),
+    ],
+)
+def test_votes_of_real_ranks(ranks: RankPool, arguments: tuple[Any, ...], world: int, expected: str | None) -> None:
+    """One rank says it."""
+    first, *others = ranks.run(under_the_hook, *arguments, world=world)
+    assert others == [[]] * (world - 1)
+    assert first == [] if expected is None else len(first) == 1 and expected in first[0]
