@@ -20,7 +20,7 @@ from signvote.ddp.numbers import Numbers
 from signvote.ddp.options import MEAN_ABS, Phase, Threshold
 from signvote.ddp.plan import BucketPlan
 from signvote.ddp.state import MajorityVoteState
-from signvote.ddp.trailer import Trailer, vote_tag
+from signvote.ddp.trailer import vote_tag
 
 # What random numbers are drawn for.
 _ZEROS, _TIES, _DITHER = range(3)
@@ -206,12 +206,11 @@ def _finish_message(vote: _Vote) -> None:
     sent = plan.exchange.sent
     if plan.numbers.size:
         plan.sent.numbers_of(sent)[:] = _numbers(vote, packed.magnitudes)
-    Trailer(
+    trailer.Sent(
         nonfinite=packed.nonfinite,
         first_rank=vote.channel.rank + 1 if packed.nonfinite else 0,
-        undecided=0,
-        tag=vote_tag(vote.step, vote.index, plan.layout.numel),
         weight=state.weight,
+        tag=vote_tag(vote.step, vote.index, plan.layout.numel),
     ).write(sent.numpy())
     state.counters.zeros += packed.zeros
 

@@ -21,7 +21,7 @@ import torch
 PLACE, FIRST, NUMEL, COORDINATE, WORD = range(5)
 
 #: Words at the end of each row, see :mod:`signvote.ddp.trailer`.
-TRAILER_WORDS = 6
+TRAILER_WORDS = 4
 
 _BLOCK = 64  # coordinates that share one draw of coins
 _BLOCK_WORDS = 2
