@@ -320,7 +320,7 @@ def _agreement_bytes(outcomes: list[Any], topology: str) -> int:
             "numel of bucket 0": 390,
             "parameters of bucket 0": 3,
             "dtype of bucket 0": "torch.float32",
-            "parameters of bucket 0 of which the mean is taken": [],
+            "excluded parameters of bucket 0": [],
         }
         total += 2 * (8 + len(json.dumps(description).encode()))
     return total

@@ -176,7 +176,7 @@ def _pack(vote: _Vote) -> None:
 
 
 def _ballot(vote: _Vote) -> Ballot:
-    options, loss_scale = vote.state.options, vote.state.loss_scale()
+    options, loss_scale = vote.state.options, vote.state.loss_scale
     draw = options.seed, vote.step, vote.channel.rank
     threshold = options.threshold
     if threshold is not None and not (threshold.is_relative or options.has_momentum):
@@ -221,7 +221,7 @@ def _numbers(vote: _Vote, magnitudes: Numbers) -> Numbers:
     numbers = np.zeros(plan.numbers.size, np.float32)
     progress, loss_scale, sent_magnitudes, agreements = plan.numbers.split(numbers)
     progress[:] = vote.state.switching.own()
-    loss_scale[:] = vote.state.loss_scale()
+    loss_scale[:] = vote.state.loss_scale
     sent_magnitudes[:] = magnitudes
     if agreements.size:
         agreements[:] = vote.state.agreement_rates.own(plan.voted_places)
@@ -273,7 +273,7 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
         scale = _learn(vote)
         is_filled = result.nonfinite > 0 and state.options.nonfinite == "propagate"
         if state.switching.needs_progress and not vote.phase.is_dense:
-            dot = None if is_filled else plan.codec.progress(vote.buffer) / state.loss_scale()
+            dot = None if is_filled else plan.codec.progress(vote.buffer) / state.loss_scale
             stepped = plan.layout.voted_numel - (result.undecided if plan.result.num_planes == 2 else 0)
             state.switching.add(dot, stepped)
         if is_filled:

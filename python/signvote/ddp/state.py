@@ -145,6 +145,7 @@ class MajorityVoteState:
         # What is tied to live objects: parameters, buckets, the process group.
         self._places: dict[torch.Tensor, int] = {}
         self._excluded: frozenset[int] = frozenset()
+        self.loss_scale = 1.0  # by which the gradients of this step are multiplied, as far as the hook must know
         self.agreement_rates = AgreementRates()
         self.switching = Switching(None, None, None)
         self._plans: dict[int, BucketPlan] = {}
@@ -281,8 +282,9 @@ class MajorityVoteState:
             f"numel of bucket {index}": plan.layout.numel,
             f"parameters of bucket {index}": len(parameters),
             f"dtype of bucket {index}": str(buffer.dtype),
-            f"parameters of bucket {index} of which the mean is taken": [part.place for part in plan.layout.dense],
         }
+        if not phase.is_dense:
+            description[f"excluded parameters of bucket {index}"] = [part.place for part in plan.layout.dense]
         name = self.vote_name(channel, index)
         channel.submit(lambda: self._agree(channel, name, description))
         return plan
@@ -368,6 +370,7 @@ class MajorityVoteState:
             self.is_aborted = False
             self.step += 1
             self.counters.steps += 1
+            self.loss_scale = self._current_loss_scale()
             self.switching.begin(self.step)
         self._last_bucket = bucket_index
         self.counters.calls += 1
@@ -443,8 +446,8 @@ class MajorityVoteState:
             raise ValueError(f"MajorityVoteState: weight: expected an integer from 1 to {MAX_WEIGHT}, got {weight!r}")
         self._weight = number
 
-    def loss_scale(self) -> float:
-        """By what the gradients of this step are multiplied, as far as the hook must know."""
+    def _current_loss_scale(self) -> float:
+        """On a CUDA device this waits for it."""
         if not self.options.has_loss_scale:
             return 1.0
         if self.grad_scaler is None:

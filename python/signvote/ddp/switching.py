@@ -72,7 +72,12 @@ class Switching:
         self._sent, self._voted, self._learned = self._voted, _Progress(), _Progress()
         self._sent.dot = float(torch.stack(self._dots).sum()) if self._dots else self._sent.dot
         self._dots = []
-        self._voted.lr = float(self._lr() if callable(self._lr) else self._lr or 0.0)
+        if self._lr is None:
+            raise RuntimeError(
+                "signvote: this state was pickled with a rule to switch by: call state.switch_to_dense("
+                "rule=state.switching.rule, lr=...) before use"
+            )
+        self._voted.lr = float(self._lr() if callable(self._lr) else self._lr)
 
     def add(self, dot: torch.Tensor | None, numel: int) -> None:
         """Of one bucket of the current step; None if it has no vote that means anything."""
