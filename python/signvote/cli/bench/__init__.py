@@ -149,7 +149,9 @@ def cuda_cases(options: argparse.Namespace) -> list[Case]:
             if dtype == "float32":
                 cases.append(Case("round_trip", size))
             cases.append(Case("pack_signs", size, dtype, zeros="third"))
-        cases += [Case("majority_vote", size, rows=rows) for rows in sorted(options.rows or CUDA_ROWS, reverse=True)]
+            cases += [Case(op, size, dtype) for op in ("pack_ternary", "unpack_ternary")]
+        for op in ("majority_vote_ternary", "majority_vote"):
+            cases += [Case(op, size, rows=rows) for rows in sorted(options.rows or CUDA_ROWS, reverse=True)]
     return asked_for(cases, options)
 
 

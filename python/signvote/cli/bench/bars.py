@@ -20,7 +20,8 @@ LIMITS = {
 }
 MANY_COORDINATES = 1_000_000  # from here on a second thread must pay
 CUDA_MEGABYTES = 1024  # 256M coordinates
-CUDA_ROWS = (3, 8, 16, 64)
+CUDA_OPS = ("pack_signs", "pack_momentum", "unpack_signs", "pack_ternary", "unpack_ternary")
+CUDA_ROWS = (3, 8, 16, 64)  # of each vote
 CODEC_COPY_SHARE = 0.2
 CODEC_NANOSECONDS = 0.25
 
@@ -65,7 +66,7 @@ def judge_cuda(results: Sequence[Result]) -> list[Bar]:
         if op.kind == "op"
         and op.megabytes >= CUDA_MEGABYTES
         and op.zeros == "none"
-        and (op.op in ("pack_signs", "pack_momentum", "unpack_signs") or op.rows in CUDA_ROWS)
+        and (op.op in CUDA_OPS or op.rows in CUDA_ROWS)
     ]
 
 

@@ -64,6 +64,27 @@ def torch_vote(signs: torch.Tensor, out: torch.Tensor) -> None:
     torch.sign(torch.sum(signs, dim=0, dtype=torch.int16), out=out)
 
 
+def numpy_pack_ternary(x: NDArray[Any], threshold: float, out: Words) -> None:
+    for values, plane in ((x, out[0]), (np.abs(x), out[1])):
+        plane.view(np.uint8)[:] = np.packbits(values > threshold, bitorder="little")
+
+
+def torch_pack_ternary(x: torch.Tensor, threshold: float, out: torch.Tensor) -> None:
+    for values, plane in ((x, out[0]), (x.abs(), out[1])):
+        torch.sum((values > threshold).view(-1, 32) << shifts(x.device), dim=1, dtype=torch.int32, out=plane)
+
+
+def torch_unpack_ternary(planes: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    sign, active = planes.unsqueeze(2) >> shifts(planes.device) & 1
+    torch.mul(sign, 2 * scale, out=out.view(-1, 32)).sub_(scale).mul_(active).add_(0)
+
+
+def torch_vote_ternary(votes: torch.Tensor, quorum: int, out: torch.Tensor) -> None:
+    """Of votes that are unpacked already, one byte each."""
+    torch.sum(votes, dim=0, dtype=torch.int16, out=out)
+    out.mul_(out.abs() >= quorum)
+
+
 @functools.cache
 def find_cupy() -> Any:
     """CuPy, or None where it is not installed or cannot be used, whatever it raises then."""
