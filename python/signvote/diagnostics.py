@@ -699,7 +699,13 @@ def _draw_shapes(axes: Axes, statistics: GradientStatistics) -> None:
     for label, values in (("skewness", _values(statistics.skewness)), ("bimodality", _values(statistics.bimodality))):
         if values.size:
             inside = np.clip(values, -4.0, 4.0)
-            axes.hist(inside, bins=80, weights=np.full(values.size, 100 / values.size), alpha=0.6, label=label)
+            axes.hist(
+                inside,
+                bins=np.linspace(-4.0, 4.0, 81),
+                weights=np.full(values.size, 100 / values.size),
+                alpha=0.6,
+                label=label,
+            )
     axes.axvline(BIMODAL, color="black", linestyle=":", label="bimodality of a uniform distribution")
     axes.set(xlabel="skewness (ends: ±4 and beyond), bimodality", ylabel="% of coordinates")
     axes.legend(fontsize="small")
@@ -715,4 +721,5 @@ def _draw_noise(axes: Axes, noise: NDArray[np.float64], title: str) -> None:
         axes.plot(x, gaussian, color="black", linewidth=1, label="Gaussian of the same deviation")
     axes.set_title(title, fontsize="small")
     axes.set_yticks([])
+    axes.locator_params(axis="x", nbins=5)
     axes.grid(alpha=0.3)
