@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import common
 from signvote import majority_vote, pack_signs, unpack_signs
+from signvote.optim import signum_warmup_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,14 +119,6 @@ def vote(gradients: Array) -> Array:
     return signs.reshape(gradients[0].shape)
 
 
-def warmup_steps(beta: float) -> int:
-    """C(beta) of Theorem 3."""
-    steps = 1
-    while steps / 2 * beta**steps > 1 / ((1 - beta**2) * (steps + 1)) or beta ** (steps + 1) > 0.5:
-        steps += 1
-    return steps
-
-
 def theorem_3(problem: Problem, steps: int, beta: float, repeats: int) -> Run:
     """Algorithm 2 with the learning rates, batches and warm-up of Theorem 3.
 
@@ -133,7 +126,7 @@ def theorem_3(problem: Problem, steps: int, beta: float, repeats: int) -> Run:
     objective at the end of the warm-up: the last line of the proof before constants are dropped.
     """
     rng = np.random.default_rng((SEED, steps, round(1000 * beta)))
-    x, momentum, warmup = start(repeats), np.zeros((repeats, DIMENSIONS)), warmup_steps(beta)
+    x, momentum, warmup = start(repeats), np.zeros((repeats, DIMENSIONS)), signum_warmup_steps(beta)
     l1, s1 = float(problem.curvature.sum()), float(problem.deviation.sum())
     delta = 1 / math.sqrt(l1)
     total, at_warm = np.zeros(repeats), 0.0
@@ -181,7 +174,7 @@ def run(quick: bool) -> common.Result:
             "dimensions": DIMENSIONS,
             "repeats": repeats,
             "seed": SEED,
-            "warmup_steps": {str(beta): warmup_steps(beta) for beta in MOMENTA},
+            "warmup_steps": {str(beta): signum_warmup_steps(beta) for beta in MOMENTA},
             "runs": [asdict(one) for one in runs],
         },
     )
@@ -213,14 +206,14 @@ def _markdown(curves: Sequence[Sequence[Run]], repeats: int) -> str:
             ]
         )
     header = ["theorem, problem", "M", "β", "largest K", "mean ‖g‖₁", "bound", "mean / bound, all K", "power of K"]
-    warmups = ", ".join(f"C({beta:g}) = {warmup_steps(beta)}" for beta in MOMENTA)
+    warmups = ", ".join(f"C({beta:g}) = {signum_warmup_steps(beta)}" for beta in MOMENTA)
     return "\n".join(
         [
-            f"f(x) = ½ Σ Lᵢxᵢ² in {DIMENSIONS} dimensions, from one Gaussian starting point; mean ‖g‖₁ over the K "
-            f"steps of a run ({repeats} repeats, seed {SEED}, ± their standard deviation), and the bound on its "
-            f"expectation. Noise is Gaussian. *dense*: Lᵢ = {SIGMA}ᵢ = 1; *noisy*: Lᵢ = 1, {SIGMA}ᵢ = {LARGE:g}; *uneven*: Lᵢ "
-            f"from 0.01 to 1, {SIGMA}ᵢ from 1 to 0.01; *noisy and skewed*: as *noisy*, with the two values of section "
-            "4, Remark 3.",
+            f"f(x) = ½ Σ Lᵢxᵢ² in {DIMENSIONS} dimensions, from one Gaussian starting point; mean ‖g‖₁ over "
+            f"the K steps of a run ({repeats} repeats, seed {SEED}, ± their standard deviation), and the bound on "
+            f"its expectation. Noise is Gaussian. *dense*: Lᵢ = {SIGMA}ᵢ = 1; *noisy*: Lᵢ = 1, {SIGMA}ᵢ = {LARGE:g}; "
+            f"*uneven*: Lᵢ from 0.01 to 1, {SIGMA}ᵢ from 1 to 0.01; *noisy and skewed*: as *noisy*, with the two "
+            "values of section 4, Remark 3.",
             "",
             "Learning rates and batches are the theorems' own. Theorems 1 and 2: rate 1/√(‖L‖₁K), batch K, bound "
             f"[√‖L‖₁ (f₀ - f* + ½) + 2‖{SIGMA}‖₁/√M]/√K, the square root of the theorem's for N = K²; M = 1 in Theorem "
