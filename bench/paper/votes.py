@@ -271,7 +271,7 @@ def _classes(ratios: NDArray[np.float64], wrong: NDArray[np.int32], votes: Seque
 
 
 def noise_of(wrong: float, ratio: float) -> float:
-    """The noise, by that of one worker, of a Gaussian gradient whose sign is as often wrong; NaN where there is none."""
+    """The noise, by that of one worker, of a Gaussian gradient whose sign is as often wrong; NaN if there is none."""
     return ratio / -NormalDist().inv_cdf(wrong) if 0 < wrong < 0.5 else math.nan
 
 
@@ -407,8 +407,8 @@ def _network_text(real: Network, pieces: int) -> str:
     exponents = [one.exponent for one in real.classes if one.exponent is not None]
     if exponents:
         lines.append(
-            f"The noise falls as M to a power from {max(exponents):.2f} to {min(exponents):.2f}, where 1/√M is -0.5 and "
-            f"votes on a Gaussian gradient, of which the first ones gain least, come to {exponent(gaussian):.2f}."
+            f"The noise falls as M to a power from {max(exponents):.2f} to {min(exponents):.2f}, where 1/√M is -0.5 "
+            f"and votes on a Gaussian gradient, of which the first ones gain least, come to {exponent(gaussian):.2f}."
         )
     lines.append(
         f"{100 * real.hurt:.1f} % of the coordinates, with {100 * real.hurt_l1:.2f} % of ‖g‖₁, are wrong on a single "

@@ -722,4 +722,5 @@ def _draw_noise(axes: Axes, noise: NDArray[np.float64], title: str) -> None:
     axes.set_title(title, fontsize="small")
     axes.set_yticks([])
     axes.locator_params(axis="x", nbins=5)
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     axes.grid(alpha=0.3)
