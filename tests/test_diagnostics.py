@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +186,15 @@ def test_merging_leaves_the_other_alone() -> None:
     assert_equal(second, stack, rtol=1e-7)
     second.merge(GradientStatistics())
     assert second.count == 8
+
+
+def test_statistics_survive_pickling_and_go_on() -> None:
+    stack = samples(12)
+    statistics = GradientStatistics(device="cpu")
+    for i in range(12):
+        statistics = pickle.loads(pickle.dumps(statistics))
+        statistics.update({name: torch.tensor(rows[i]) for name, rows in stack.items()})
+    assert_equal(statistics, stack, rtol=1e-7)
 
 
 def test_without_shape_there_is_no_shape() -> None:

@@ -402,7 +402,9 @@ def _network_text(real: Network, pieces: int) -> str:
     lines = [
         f"|g| that is stepped against falls {totals[0] / totals[-1]:.1f} times from {ODD[0]} to {ODD[-1]} workers"
         f" (√{ODD[-1]} = {math.sqrt(ODD[-1]):.1f}); "
-        + (f"it is above the bound for {_list(over)} workers." if over else "it is below the bound everywhere.")
+        + (f"it is above the bound for {_list(over)} workers." if over else "it is below the bound everywhere."),
+        f"The vote of {ODD[-1]} steps against {totals[-1] / float(np.mean(real.mean[-1])):.1f} times as much as the "
+        "sign of their mean in full precision.",
     ]
     exponents = [one.exponent for one in real.classes if one.exponent is not None]
     if exponents:
