@@ -5,6 +5,10 @@
 // the unused bits of the last word are 0. Words need no alignment beyond that of uint32_t, coordinates none beyond
 // that of their dtype.
 //
+// Ternary words, for votes with abstention, are two planes: `active` is 1 where a coordinate is not 0, and `sign` is
+// its sign there. What a kernel writes has sign 0 where it is not active; what it reads need not, and sign means
+// nothing there.
+//
 // Coins. A coordinate without a sign and a vote without a majority take a coin: coin(seed, i) is bit i % 64 of
 // mix(mix(seed) + i / 64). A kernel is handed `coins`, which is mix(seed) plus the index of the first block of 64
 // coordinates it works on, so that a range that starts at a multiple of 64 can be worked on alone.
@@ -29,7 +33,7 @@ enum DType : int { kFloat32, kFloat64, kFloat16, kBFloat16, kNumDTypes };
 enum Undecided : int { kNegative, kPositive, kCoin };
 
 struct PackCounts {
-  uint64_t zeros;      // coordinates that were undecided: ±0
+  uint64_t zeros;      // coordinates that were undecided: ±0; with abstention, those that the threshold makes 0
   uint64_t nonfinite;  // NaN or ±inf
 };
 
@@ -69,18 +73,40 @@ struct Kernels {
   // of the last word count means nothing.
   void (*add_counts)(uint32_t* const* planes, size_t num_planes, const uint32_t* const* addends, size_t numel);
 
+  // Adds, modulo 2^num_planes, `weight` where a coordinate is not active and 2 * weight where it is active and
+  // positive: a sum of such votes, M with their weights, is M + n_plus - n_minus.
+  void (*add_counts_ternary)(uint32_t* const* planes, size_t num_planes, const uint32_t* sign, const uint32_t* active,
+                             uint64_t weight, size_t numel);
+
   // As majority_vote, of num_votes votes of which the count of a coordinate says how many were 1.
   // 1 <= num_votes < 2^num_planes.
   uint64_t (*decide_counts)(const uint32_t* const* planes, size_t num_planes, uint64_t num_votes, size_t numel,
                             Undecided ties, uint64_t coins, uint32_t* out);
 
   // Ternary: active is 1 where the count is positive_from or more, or less than negative_below, and sign is 1 in the
-  // first case. Both limits are less than 2^num_planes.
-  void (*decide_counts_ternary)(const uint32_t* const* planes, size_t num_planes, uint64_t negative_below,
-                                uint64_t positive_from, size_t numel, uint32_t* sign, uint32_t* active);
+  // first case. Both limits are less than 2^num_planes. Returns how many of the numel coordinates are 0.
+  uint64_t (*decide_counts_ternary)(const uint32_t* const* planes, size_t num_planes, uint64_t negative_below,
+                                    uint64_t positive_from, size_t numel, uint32_t* sign, uint32_t* active);
 
   // out[i] = the value whose bits are `positive`, with its sign bit flipped where the bit of coordinate i is 0.
   void (*unpack_signs[kNumDTypes])(const uint32_t* words, size_t numel, uint64_t positive, void* out);
+
+  // Ternary: active is 1 where the magnitude of x is above a threshold, and sign is 1 where x > 0 besides. NaN is never
+  // active. `limit` are the bits of the threshold, a value of the dtype from 0 to +inf: the magnitude is above it where
+  // its bits, as an integer, are. Counted as zeros are the coordinates that are neither active nor NaN. Writes
+  // ceil(numel / 32) words to each plane.
+  PackCounts (*pack_ternary[kNumDTypes])(const void* x, size_t numel, uint64_t limit, uint32_t* sign, uint32_t* active);
+
+  // Per coordinate, with abstention: of the num_rows rows of planes, n_plus are active and positive and n_minus active
+  // and negative. The result is their majority's sign where |n_plus - n_minus| >= quorum, otherwise 0, that is not
+  // active. 1 <= num_rows <= 65535, 1 <= quorum, of any size. Returns how many of the numel coordinates are 0. Takes up
+  // to 320 KB of the stack.
+  uint64_t (*majority_vote_ternary)(const uint32_t* const* signs, const uint32_t* const* actives, size_t num_rows,
+                                    size_t numel, uint64_t quorum, uint32_t* sign, uint32_t* active);
+
+  // out[i] = +0 where coordinate i is not active, otherwise as unpack_signs.
+  void (*unpack_ternary[kNumDTypes])(const uint32_t* sign, const uint32_t* active, size_t numel, uint64_t positive,
+                                     void* out);
 };
 
 // One step of splitmix64.

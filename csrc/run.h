@@ -40,6 +40,12 @@ inline uint64_t coins_of_array(const Run& run, uint64_t seed) {
   return mix(seed) + static_cast<uint64_t>(run.first) / 64;
 }
 
+// Where ternary words are: those of a run begin at its word in both planes.
+template <class Word>
+struct Planes {
+  Word *sign, *active;
+};
+
 // All of an array.
 inline Run whole_run(size_t numel) { return {0, 0, static_cast<int64_t>(numel), 0, 0}; }
 

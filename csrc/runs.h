@@ -135,6 +135,49 @@ inline void unpack_runs(const Kernels& kernels, DType dtype, const uint32_t* wor
   });
 }
 
+inline PackCounts pack_ternary_runs(const Kernels& kernels, DType dtype, const char* bucket, size_t itemsize,
+                                    const Runs& runs, uint64_t limit, const Planes<uint32_t>& planes,
+                                    size_t max_threads) {
+  return pack_pieces(runs, split(numel_of(runs), 8 * itemsize + 2, max_threads), [&](const Run& piece) {
+    return kernels.pack_ternary[dtype](bucket + piece.coordinate * itemsize, piece.numel, limit,
+                                       planes.sign + piece.word, planes.active + piece.word);
+  });
+}
+
+// Returns how many coordinates are 0.
+inline uint64_t vote_ternary_runs(const Kernels& kernels, const std::vector<Planes<const uint32_t>>& rows,
+                                  const Runs& runs, uint64_t quorum, const Planes<uint32_t>& out, size_t max_threads) {
+  const size_t num_rows = rows.size();
+  const Split split_runs = split(numel_of(runs), 2 * num_rows + 2, max_threads);
+  std::vector<const uint32_t*> shifted_rows(2 * num_rows * split_runs.num_threads);
+  std::atomic<uint64_t> zeros{0};
+  parallel(split_runs, [&](Ranges& ranges, size_t thread) {
+    const uint32_t **const signs = shifted_rows.data() + thread * 2 * num_rows, **const actives = signs + num_rows;
+    uint64_t own = 0;
+    for_each_piece(runs, ranges, [&](const Run& piece) {
+      for (size_t row = 0; row < num_rows; ++row) {
+        signs[row] = rows[row].sign + piece.word;
+        actives[row] = rows[row].active + piece.word;
+      }
+      own += kernels.majority_vote_ternary(signs, actives, num_rows, piece.numel, quorum, out.sign + piece.word,
+                                           out.active + piece.word);
+    });
+    zeros.fetch_add(own, std::memory_order_relaxed);
+  });
+  return zeros;
+}
+
+inline void unpack_ternary_runs(const Kernels& kernels, DType dtype, const Planes<const uint32_t>& planes,
+                                const Runs& runs, uint64_t positive, char* bucket, size_t itemsize,
+                                size_t max_threads) {
+  parallel(split(numel_of(runs), 8 * itemsize + 2, max_threads), [&](Ranges& ranges, size_t) {
+    for_each_piece(runs, ranges, [&](const Run& piece) {
+      kernels.unpack_ternary[dtype](planes.sign + piece.word, planes.active + piece.word, piece.numel, positive,
+                                    bucket + piece.coordinate * itemsize);
+    });
+  });
+}
+
 }  // namespace signvote
 
 #endif

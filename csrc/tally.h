@@ -11,7 +11,7 @@
 
 namespace signvote {
 
-constexpr size_t kMaxCounterPlanes = 31;
+constexpr size_t kMaxCounterPlanes = 32;
 
 // Counters, one per coordinate: row j holds bit j of them.
 struct CounterPlanes {
@@ -24,21 +24,30 @@ struct CounterPlanes {
   }
 };
 
-// Adds up what addend_at(plane, word) points to, or null for a plane of zeros.
-template <class AddendAt>
-void add_to_counters(const Kernels& kernels, const CounterPlanes& counters, size_t bits_per_coordinate,
-                     size_t max_threads, const AddendAt& addend_at) {
+// add_piece(planes, word, numel) adds to the counters of `numel` coordinates from `word` on.
+template <class AddPiece>
+void add_pieces(const CounterPlanes& counters, size_t bits_per_coordinate, size_t max_threads,
+                const AddPiece& add_piece) {
   const Run whole = whole_run(32 * counters.width);
   const Runs runs{&whole, 1};
   parallel(split(numel_of(runs), bits_per_coordinate, max_threads), [&](Ranges& ranges, size_t) {
     for_each_piece(runs, ranges, [&](const Run& piece) {
       uint32_t* planes[kMaxCounterPlanes];
-      const uint32_t* addends[kMaxCounterPlanes];
       const size_t word = static_cast<size_t>(piece.word);
       counters.begin_at(word, planes);
-      for (size_t plane = 0; plane < counters.num_planes; ++plane) addends[plane] = addend_at(plane, word);
-      kernels.add_counts(planes, counters.num_planes, addends, static_cast<size_t>(piece.numel));
+      add_piece(planes, word, static_cast<size_t>(piece.numel));
     });
+  });
+}
+
+// Adds up what addend_at(plane, word) points to, or null for a plane of zeros.
+template <class AddendAt>
+void add_to_counters(const Kernels& kernels, const CounterPlanes& counters, size_t bits_per_coordinate,
+                     size_t max_threads, const AddendAt& addend_at) {
+  add_pieces(counters, bits_per_coordinate, max_threads, [&](uint32_t* const* planes, size_t word, size_t numel) {
+    const uint32_t* addends[kMaxCounterPlanes];
+    for (size_t plane = 0; plane < counters.num_planes; ++plane) addends[plane] = addend_at(plane, word);
+    kernels.add_counts(planes, counters.num_planes, addends, numel);
   });
 }
 
@@ -47,6 +56,15 @@ inline void tally_add(const Kernels& kernels, const CounterPlanes& counters, con
                       size_t max_threads) {
   add_to_counters(kernels, counters, 2 * counters.num_planes + 1, max_threads,
                   [&](size_t plane, size_t word) { return (weight >> plane & 1) != 0 ? words + word : nullptr; });
+}
+
+// `weight` votes for the signs of the coordinates that are active in `votes`.
+inline void tally_add_ternary(const Kernels& kernels, const CounterPlanes& counters,
+                              const Planes<const uint32_t>& votes, uint64_t weight, size_t max_threads) {
+  add_pieces(
+      counters, 2 * counters.num_planes + 2, max_threads, [&](uint32_t* const* planes, size_t word, size_t numel) {
+        kernels.add_counts_ternary(planes, counters.num_planes, votes.sign + word, votes.active + word, weight, numel);
+      });
 }
 
 // The counts of others, which have no more planes.
@@ -75,20 +93,32 @@ inline uint64_t tally_decide(const Kernels& kernels, const CounterPlanes& counte
   return tied;
 }
 
-// Ternary: 0 where the votes for + and those for - differ by less than `quorum`, 1 <= quorum <= num_votes.
-inline void tally_decide_ternary(const Kernels& kernels, const CounterPlanes& counters, uint64_t num_votes,
-                                 uint64_t quorum, size_t numel, uint32_t* sign, uint32_t* active, size_t max_threads) {
-  const uint64_t positive_from = num_votes - (num_votes - quorum) / 2, negative_below = (num_votes - quorum) / 2 + 1;
-  const Run whole = whole_run(numel);
-  const Runs runs{&whole, 1};
+// Ternary: 0 where the votes for + and those for - differ by less than `quorum`, 1 <= quorum. Returns how many are 0.
+inline uint64_t tally_decide_ternary(const Kernels& kernels, const CounterPlanes& counters, uint64_t num_votes,
+                                     uint64_t quorum, const Runs& runs, const Planes<uint32_t>& out,
+                                     size_t max_threads) {
+  const bool can_reach = quorum <= num_votes;  // otherwise the limits may not fit into the counters
+  const uint64_t largest_minority = can_reach ? (num_votes - quorum) / 2 : 0;
+  std::atomic<uint64_t> zeros{0};
   parallel(split(numel_of(runs), counters.num_planes + 2, max_threads), [&](Ranges& ranges, size_t) {
+    uint64_t own = 0;
     for_each_piece(runs, ranges, [&](const Run& piece) {
+      const size_t numel = static_cast<size_t>(piece.numel);
+      uint32_t *const sign = out.sign + piece.word, *const active = out.active + piece.word;
+      if (!can_reach) {
+        std::fill_n(sign, (numel + 31) / 32, 0);
+        std::fill_n(active, (numel + 31) / 32, 0);
+        own += numel;
+        return;
+      }
       uint32_t* planes[kMaxCounterPlanes];
       counters.begin_at(static_cast<size_t>(piece.word), planes);
-      kernels.decide_counts_ternary(planes, counters.num_planes, negative_below, positive_from,
-                                    static_cast<size_t>(piece.numel), sign + piece.word, active + piece.word);
+      own += kernels.decide_counts_ternary(planes, counters.num_planes, largest_minority + 1,
+                                           num_votes - largest_minority, numel, sign, active);
     });
+    zeros.fetch_add(own, std::memory_order_relaxed);
   });
+  return zeros;
 }
 
 // The counts themselves, which are for looking at: no kernel.

@@ -119,12 +119,49 @@ def decide_ternary(counts: NDArray[np.int64], num_votes: int, quorum: int) -> Wo
     """The planes sign and active."""
     lead = 2 * counts - num_votes
     result = np.where(abs(lead) < quorum, 0, lead)
-    return np.stack([words_of(result > 0), words_of(result != 0)])
+    return planes_of(result)
 
 
 def unpack_signs(words: Words, numel: int, scale: Any) -> Floats:
     """In the dtype of ``scale``."""
     return np.where(bits_of(words, numel), scale, -scale)
+
+
+def ternary_of(planes: Words, numel: int) -> NDArray[np.int64]:
+    """1, 0 or -1 per coordinate; the sign of a coordinate that is not active means nothing."""
+    sign, active = planes
+    return np.where(bits_of(active, numel), np.where(bits_of(sign, numel), 1, -1), 0)
+
+
+def planes_of(values: NDArray[Any]) -> Words:
+    """The planes sign and active."""
+    return np.stack([words_of(values > 0), words_of(values != 0)])
+
+
+def pack_ternary(x: Floats, threshold: float = 0.0) -> tuple[Words, int, int]:
+    """The planes, how many coordinates abstain because of the threshold, and how many are not finite.
+
+    They are compared as real numbers: the threshold is not rounded to the dtype of ``x``. NaN abstains too.
+    """
+    with np.errstate(invalid="ignore"):  # of signaling NaN
+        x = x.reshape(-1).astype(np.float64)
+    active = abs(x) > threshold
+    abstained = ~active & ~np.isnan(x)
+    planes = np.stack([words_of(active & (x > 0)), words_of(active)])
+    return planes, int(np.sum(abstained)), int(np.sum(~np.isfinite(x)))
+
+
+def majority_vote_ternary(stack: Iterable[Words], numel: int, quorum: int = 1) -> tuple[Words, int]:
+    """The planes, and how many coordinates are 0."""
+    lead = np.array([ternary_of(planes, numel) for planes in stack]).sum(axis=0)
+    result = np.where(abs(lead) < quorum, 0, lead)
+    return planes_of(result), int(np.sum(result == 0))
+
+
+def unpack_ternary(planes: Words, numel: int, scale: Any) -> Floats:
+    """In the dtype of ``scale``."""
+    values = ternary_of(planes, numel)
+    return np.where(values == 0, type(scale)(0), np.where(values > 0, scale, -scale))
 
 
 def run_seed(seed: int, place: int) -> int:
@@ -169,3 +206,44 @@ def unpack_runs(words: Words, runs: NDArray[np.int64], bucket: Floats, scale: An
     """Writes to ``bucket``."""
     for _, _, numel, coordinate, word in runs.tolist():
         bucket[coordinate : coordinate + numel] = unpack_signs(words[word:], numel, scale)
+
+
+def planes_in(words: Words, word: int, numel: int, stride: int) -> Words:
+    """The planes of a run, of which ``active`` lies ``stride`` words behind ``sign``."""
+    width = (numel + 31) // 32
+    return np.stack([words[word : word + width], words[word + stride : word + stride + width]])
+
+
+def put_planes(words: Words, word: int, planes: Words, stride: int) -> None:
+    for i, plane in enumerate(planes):
+        words[word + i * stride : word + i * stride + len(plane)] = plane
+
+
+def pack_ternary_runs(
+    bucket: Floats, runs: NDArray[np.int64], out: Words, stride: int, threshold: float
+) -> tuple[int, int]:
+    """Writes to ``out``; how many coordinates abstain because of the threshold, and how many are not finite."""
+    total_abstained = total_nonfinite = 0
+    for _, _, numel, coordinate, word in runs.tolist():
+        planes, abstained, nonfinite = pack_ternary(bucket[coordinate : coordinate + numel], threshold)
+        put_planes(out, word, planes, stride)
+        total_abstained += abstained
+        total_nonfinite += nonfinite
+    return total_abstained, total_nonfinite
+
+
+def vote_ternary_runs(rows: Sequence[Words], runs: NDArray[np.int64], out: Words, stride: int, quorum: int) -> int:
+    """Writes to ``out``; how many coordinates are 0."""
+    total = 0
+    for _, _, numel, _, word in runs.tolist():
+        stack = [planes_in(row, word, numel, stride) for row in rows]
+        planes, zeros = majority_vote_ternary(stack, numel, quorum)
+        put_planes(out, word, planes, stride)
+        total += zeros
+    return total
+
+
+def unpack_ternary_runs(words: Words, runs: NDArray[np.int64], stride: int, bucket: Floats, scale: Any) -> None:
+    """Writes to ``bucket``."""
+    for _, _, numel, coordinate, word in runs.tolist():
+        bucket[coordinate : coordinate + numel] = unpack_ternary(planes_in(words, word, numel, stride), numel, scale)

@@ -128,3 +128,20 @@ def word_rows(bits: NDArray[np.bool_], unused: bool) -> NDArray[np.uint32]:
     padded = np.full((num_rows, (numel + 31) // 32 * 32), unused)
     padded[:, :numel] = bits
     return np.packbits(padded, axis=1, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def ternary_rows(rng: np.random.Generator, num_rows: int, numel: int) -> NDArray[np.uint32]:
+    """Ballots of ``num_rows`` workers, ``(M, 2, W)``: every lead from -M to M in turn, or one near 0, of few or many.
+
+    Where a ballot is not active its sign is any bit, and so are the unused bits.
+    """
+    i = np.arange(numel)
+    near, far = i % 7 - 3, i % (2 * num_rows + 1) - num_rows
+    lead = np.where(rng.integers(0, 2, numel) == 0, near, far).clip(-num_rows, num_rows)
+    pairs = ((num_rows - abs(lead)) // 2).astype(np.int64)
+    minus = rng.integers(0, pairs + 1) + np.maximum(-lead, 0)
+    plus = minus + lead
+    order = rng.permuted(np.tile(np.arange(num_rows)[:, None], (1, numel)), axis=0)
+    active = order < plus + minus
+    sign = np.where(active, order < plus, rng.integers(0, 2, order.shape) == 1)
+    return np.stack([word_rows(plane, unused=bool(rng.integers(0, 2))) for plane in (sign, active)], axis=1)

@@ -123,7 +123,8 @@ def test_writes_nothing_beyond_its_words(implementation: str) -> None:
         expected, expected_tied = reference.decide(counts, 24, "coin", 9)
         assert tied == expected_tied
         assert np.array_equal(out.array, expected)
-        _core.tally_decide_ternary(grid, 30, 7, numel, both.array.reshape(2, width), implementation)
+        zeros = _core.tally_decide_ternary(grid, 30, 7, numel, 0, both.array.reshape(2, width), implementation)
+        assert zeros == np.sum(abs(2 * counts - 30) < 7)
         assert np.array_equal(both.array.reshape(2, width), reference.decide_ternary(counts, 30, 7))
         assert planes.guards_hold()
         assert out.guards_hold()
@@ -232,7 +233,7 @@ def test_errors_of_the_native_module() -> None:
             "tally_add: weight is 8, expected an integer from 1 to 7",
         ),
         (lambda: _core.tally_add(planes[:, 1:], out[1:], 1, "portable"), "tally_add: planes is not contiguous"),
-        (lambda: _core.tally_add(planes[:0], out, 1, "portable"), "tally_add: planes has 0 planes, expected 1 to 31"),
+        (lambda: _core.tally_add(planes[:0], out, 1, "portable"), "tally_add: planes has 0 planes, expected 1 to 32"),
         (
             lambda: _core.tally_merge(planes[:2], np.zeros((3, 4), np.uint32), "portable"),
             "tally_merge: others has shape",

@@ -31,8 +31,8 @@ struct Array {
   bool is_numpy = false;
   const char* expected = nullptr;  // in its place, if its memory is not where the module works
   size_t ndim = 0, size = 0;
-  size_t shape[2] = {0, 0};
-  py::ssize_t strides[2] = {0, 0};  // bytes; of the first two dimensions, as the shape
+  size_t shape[3] = {0, 0, 0};
+  py::ssize_t strides[3] = {0, 0, 0};  // bytes; of the first three dimensions, as the shape
   void* data = nullptr;
 };
 
@@ -50,7 +50,7 @@ inline bool describe_numpy(py::handle object, Array* array) {
   array->is_writable = numpy.writeable();
   array->ndim = static_cast<size_t>(numpy.ndim());
   array->size = static_cast<size_t>(numpy.size());
-  for (size_t i = 0; i < 2 && i < array->ndim; ++i) {
+  for (size_t i = 0; i < 3 && i < array->ndim; ++i) {
     array->shape[i] = static_cast<size_t>(numpy.shape(static_cast<py::ssize_t>(i)));
     array->strides[i] = numpy.strides(static_cast<py::ssize_t>(i));
   }
@@ -239,6 +239,22 @@ inline void check_num_rows(const Argument& argument, size_t num_rows) {
   }
 }
 
+inline std::string has_shape(const Array& array) {
+  return "has shape " + std::string(py::repr(array.object.attr("shape")));
+}
+
+// Rows of words at any distance from each other: only the last dimension is contiguous.
+inline void check_rows_of_words(const Argument& argument, const Array& array) {
+  const size_t last = array.ndim - 1;
+  if (array.shape[last] > 1 && array.strides[last] != 4) {
+    argument.value_error("is not contiguous",
+                         "rows of contiguous words; numpy.ascontiguousarray(x) or x.contiguous() makes them");
+  }
+  bool is_aligned = reinterpret_cast<uintptr_t>(array.data) % 4 == 0;
+  for (size_t i = 0; i < last; ++i) is_aligned = is_aligned && (array.shape[i] <= 1 || array.strides[i] % 4 == 0);
+  if (array.size > 0 && !is_aligned) argument.value_error("is not aligned", "addresses that are multiples of 4");
+}
+
 // An (M, W) array, whose rows may lie at any distance from each other, or, if lists are taken, a list of M arrays of W
 // words.
 inline Rows to_rows(const Argument& argument, const py::object& object, bool takes_lists) {
@@ -250,15 +266,9 @@ inline Rows to_rows(const Argument& argument, const py::object& object, bool tak
     const size_t num_rows = array.shape[0];
     check_num_rows(argument, num_rows);
     rows.width = array.shape[1];
-    if (rows.width > 1 && array.strides[1] != 4) {
-      argument.value_error("is not contiguous",
-                           "rows of contiguous words; numpy.ascontiguousarray(x) or x.contiguous() makes them");
-    }
+    check_rows_of_words(argument, array);
     const char* data = static_cast<const char*>(array.data);
     const py::ssize_t stride = num_rows > 1 ? array.strides[0] : 0;
-    if (rows.width > 0 && (reinterpret_cast<uintptr_t>(data) % 4 != 0 || stride % 4 != 0)) {
-      argument.value_error("is not aligned", "addresses that are multiples of 4");
-    }
     rows.stride = stride / 4;
     rows.pointers.reserve(num_rows);
     for (size_t row = 0; row < num_rows; ++row) {
@@ -289,6 +299,112 @@ inline void check_apart(const Argument& written, const Span& span, const std::st
   }
 }
 
+inline Span span_of_words(const uint32_t* words, size_t size) {
+  return {reinterpret_cast<char*>(const_cast<uint32_t*>(words)), size, 4};
+}
+
+// Ternary words, `width` in each plane.
+template <class Word>
+struct TernarySpan {
+  Planes<Word> planes;
+  size_t width;
+
+  Span sign() const { return span_of_words(planes.sign, width); }
+  Span active() const { return span_of_words(planes.active, width); }
+};
+
+// A (2, width) array, whose planes may lie at any distance from each other.
+constexpr size_t kAnyWidth = SIZE_MAX;
+template <class Word>
+TernarySpan<Word> to_ternary(const Argument& argument, const Array& array, size_t width) {
+  check_words_dtype(argument, array);
+  if (array.ndim != 2 || array.shape[0] != 2 || (width != kAnyWidth && array.shape[1] != width)) {
+    argument.value_error(has_shape(array), "(2, " + (width == kAnyWidth ? "W" : std::to_string(width)) + ")");
+  }
+  check_rows_of_words(argument, array);
+  char* data = static_cast<char*>(array.data);
+  return {{reinterpret_cast<Word*>(data), reinterpret_cast<Word*>(data + array.strides[0])}, array.shape[1]};
+}
+
+// The same of planes that are written to.
+inline TernarySpan<uint32_t> to_written_ternary(const Argument& argument, const Array& array, size_t width) {
+  const auto ternary = to_ternary<uint32_t>(argument, array, width);
+  check_writable(argument, array);
+  check_apart(argument, ternary.sign(), "itself", ternary.active());
+  return ternary;
+}
+
+// What is written must share no byte with `other`, which is a Span or Rows.
+template <class Other>
+void check_apart(const Argument& written, const TernarySpan<uint32_t>& ternary, const std::string& other_name,
+                 const Other& other) {
+  check_apart(written, ternary.sign(), other_name, other);
+  check_apart(written, ternary.active(), other_name, other);
+}
+
+// The ballots of a ternary vote, of `width` words in each plane.
+struct Ballots {
+  std::vector<Planes<const uint32_t>> pointers;
+  size_t width = 0;
+  py::ssize_t stride = 0, plane_stride = 0;  // of an array: how many words a row, and a plane, begins after another
+
+  Rows planes() const {
+    Rows rows;
+    rows.width = width;
+    for (const Planes<const uint32_t>& ballot : pointers) {
+      rows.pointers.push_back(ballot.sign);
+      rows.pointers.push_back(ballot.active);
+    }
+    return rows;
+  }
+};
+
+// An (M, 2, W) array, whose rows and planes may lie at any distance from each other, or, if lists are taken, a list of
+// M arrays of shape (2, W).
+inline Ballots to_ballots(const Argument& argument, const py::object& object, bool takes_lists) {
+  Ballots ballots;
+  Array array;
+  if (to_array(object, &array)) {
+    check_words_dtype(argument, array);
+    if (array.ndim != 3 || array.shape[1] != 2) argument.value_error(has_shape(array), "(M, 2, W)");
+    const size_t num_rows = array.shape[0];
+    check_num_rows(argument, num_rows);
+    check_rows_of_words(argument, array);
+    const char* data = static_cast<const char*>(array.data);
+    ballots.width = array.shape[2];
+    ballots.stride = (num_rows > 1 ? array.strides[0] : 0) / 4;
+    ballots.plane_stride = array.strides[1] / 4;
+    ballots.pointers.reserve(num_rows);
+    for (size_t row = 0; row < num_rows; ++row) {
+      const char* sign = data + static_cast<py::ssize_t>(row) * ballots.stride * 4;
+      ballots.pointers.push_back({reinterpret_cast<const uint32_t*>(sign),
+                                  reinterpret_cast<const uint32_t*>(sign + ballots.plane_stride * 4)});
+    }
+    return ballots;
+  }
+  if (!takes_lists) argument.type_error(is_repr(object), "an (M, 2, W) tensor");
+  if (!py::isinstance<py::list>(object)) {
+    argument.type_error(is_repr(object), "an (M, 2, W) array or a list of M arrays");
+  }
+  const py::list list = py::reinterpret_borrow<py::list>(object);
+  check_num_rows(argument, list.size());
+  ballots.pointers.reserve(list.size());
+  for (const py::handle item : list) {
+    const Argument row{argument.op, argument.name + "[" + std::to_string(ballots.pointers.size()) + "]"};
+    if (!to_array(item, &array)) row.type_error(is_repr(item), "an array of words");
+    const auto ballot = to_ternary<const uint32_t>(row, array, ballots.pointers.empty() ? kAnyWidth : ballots.width);
+    ballots.width = ballot.width;
+    ballots.pointers.push_back(ballot.planes);
+  }
+  return ballots;
+}
+
+inline uint64_t to_quorum(const char* op, py::handle object) {
+  const uint64_t quorum = to_uint64(op, "quorum", object);
+  if (quorum < 1) Argument{op, "quorum"}.value_error(is_repr(object), "an integer from 1 on");
+  return quorum;
+}
+
 inline MomentumCoefficients to_coefficients(const char* op, DType dtype, const std::array<double, 4>& coefficients) {
   for (const double value : coefficients) {
     if (!std::isfinite(dtype == kFloat64 ? value : static_cast<float>(value))) {
@@ -313,7 +429,7 @@ inline Runs to_runs(const char* op, const Array& array, size_t numel, size_t wid
   if (!array.is_numpy) argument.type_error(is_repr(py::type::of(array.object)), "a NumPy array");
   if (!has_dtype(array, "i", 8)) argument.type_error(is_repr(array.object.attr("dtype")), "int64");
   if (array.ndim != 2 || array.shape[1] != 5) {
-    argument.value_error("has shape " + std::string(py::repr(array.object.attr("shape"))), "(n, 5)");
+    argument.value_error(has_shape(array), "(n, 5)");
   }
   const Span span = to_span(argument, array, 8, Access::kRead);
   static_assert(sizeof(Run) == 5 * sizeof(int64_t), "a row of the array is a Run");
@@ -339,6 +455,32 @@ inline Runs to_runs(const char* op, const Array& array, size_t numel, size_t wid
     }
   }
   return runs;
+}
+
+// How many words the plane `active` lies behind `sign`, in messages of `width` words.
+inline size_t to_stride(const char* op, py::handle object, size_t width) {
+  const size_t stride = to_size(op, "stride", object);
+  if (stride > width) Argument{op, "stride"}.value_error(is_repr(object), "at most " + std::to_string(width));
+  return stride;
+}
+
+// As to_runs, of ternary words: both planes of each run are within `width` words.
+inline Runs to_ternary_runs(const char* op, const Array& array, size_t numel, size_t width, size_t stride) {
+  const Runs runs = to_runs(op, array, numel, width - stride);
+  for (size_t i = 0; i < runs.size; ++i) {
+    const size_t count = num_words(static_cast<size_t>(runs.data[i].numel));
+    if (count > stride) {
+      Argument{op, "stride"}.value_error(
+          "is " + std::to_string(stride),
+          std::to_string(count) + " or more, as row " + std::to_string(i) + " of runs has so many words");
+    }
+  }
+  return runs;
+}
+
+template <class Word>
+Planes<Word> planes_at(Word* sign, size_t stride) {
+  return {sign, sign + stride};
 }
 
 // The runs stay as they were checked while the op writes.

@@ -29,6 +29,7 @@ using signvote::Kernels;
 using signvote::mix;
 using signvote::MomentumCoefficients;
 using signvote::PackCounts;
+using signvote::Planes;
 using signvote::Run;
 using signvote::Runs;
 using signvote::Undecided;
@@ -94,6 +95,20 @@ struct Cpu {
     signvote::unpack_runs(kernels, out.dtype, words.words(), runs, positive, out.span.data, out.span.itemsize,
                           max_threads);
   }
+  Counts pack_ternary(const Coordinates& x, const Runs& runs, uint64_t limit, const Planes<uint32_t>& out) const {
+    const PackCounts counts =
+        signvote::pack_ternary_runs(kernels, x.dtype, x.span.data, x.span.itemsize, runs, limit, out, max_threads);
+    return {counts.zeros, counts.nonfinite};
+  }
+  uint64_t majority_vote_ternary(const Ballots& ballots, const Runs& runs, uint64_t quorum,
+                                 const Planes<uint32_t>& out) const {
+    return signvote::vote_ternary_runs(kernels, ballots.pointers, runs, quorum, out, max_threads);
+  }
+  void unpack_ternary(const Planes<const uint32_t>& planes, const Runs& runs, uint64_t positive,
+                      const Coordinates& out) const {
+    signvote::unpack_ternary_runs(kernels, out.dtype, planes, runs, positive, out.span.data, out.span.itemsize,
+                                  max_threads);
+  }
 };
 
 // A (P, W) array of counter planes.
@@ -148,6 +163,22 @@ void tally_add(const Array& planes_array, const Array& words_array, py::handle w
   signvote::tally_add(kernels, counters, words.words(), weight, max_threads);
 }
 
+void tally_add_ternary(const Array& planes_array, const Array& words_array, py::handle weight_object,
+                       py::handle implementation, py::handle num_threads) {
+  const char* op = "tally_add_ternary";
+  const Kernels& kernels = to_kernels(op, implementation);
+  const size_t max_threads = to_num_threads(op, num_threads);
+  const Argument planes_argument{op, "planes"};
+  const CounterPlanes counters = to_counters(planes_argument, planes_array, Access::kWrite);
+  const Argument words_argument{op, "words"};
+  const auto words = to_ternary<const uint32_t>(words_argument, words_array, counters.width);
+  const uint64_t weight = to_count(op, "weight", weight_object, counters);
+  check_apart(planes_argument, span_of(counters), "words", words.sign());
+  check_apart(planes_argument, span_of(counters), "words", words.active());
+  py::gil_scoped_release release;
+  signvote::tally_add_ternary(kernels, counters, words.planes, weight, max_threads);
+}
+
 void tally_merge(const Array& planes_array, const Array& others_array, py::handle implementation,
                  py::handle num_threads) {
   const char* op = "tally_merge";
@@ -194,31 +225,33 @@ uint64_t tally_decide(const Array& planes_array, py::handle num_votes_object, py
                                 words.mutable_words(), max_threads);
 }
 
-void tally_decide_ternary(const Array& planes_array, py::handle num_votes_object, py::handle quorum_object,
-                          py::handle numel_object, const Array& out, py::handle implementation,
-                          py::handle num_threads) {
+// Of a number of coordinates, to a (2, W) array, without `stride`; of runs, to a message of words.
+uint64_t tally_decide_ternary(const Array& planes_array, py::handle num_votes_object, py::handle quorum_object,
+                              py::handle numel_or_runs, py::handle stride_object, const Array& out,
+                              py::handle implementation, py::handle num_threads) {
   const char* op = "tally_decide_ternary";
   const Kernels& kernels = to_kernels(op, implementation);
   const size_t max_threads = to_num_threads(op, num_threads);
   const CounterPlanes counters = to_counters({op, "planes"}, planes_array, Access::kRead);
   const uint64_t num_votes = to_count(op, "num_votes", num_votes_object, counters);
-  const uint64_t quorum = to_uint64(op, "quorum", quorum_object);
-  if (quorum < 1) Argument{op, "quorum"}.value_error(is_repr(quorum_object), "an integer from 1 on");
-  const size_t numel = to_numel_of(op, numel_object, counters);
+  const uint64_t quorum = to_quorum(op, quorum_object);
   const Argument out_argument{op, "out"};
-  const CounterPlanes words = to_counters(out_argument, out, Access::kWrite);
-  if (words.num_planes != 2 || words.width != counters.width) {
-    out_argument.value_error("has shape " + std::string(py::repr(out.object.attr("shape"))),
-                             "(2, " + std::to_string(counters.width) + ")");
+  Array runs_array;
+  if (to_array(numel_or_runs, &runs_array)) {
+    const Span words = to_words(out_argument, out, Access::kWrite);
+    const size_t stride = to_stride(op, stride_object, words.size);
+    const Runs runs = to_ternary_runs(op, runs_array, kAnyNumel, std::min(words.size, stride + counters.width), stride);
+    check_apart(out_argument, words, "planes", span_of(counters));
+    check_runs_apart(op, runs, "out", words);
+    py::gil_scoped_release release;
+    return signvote::tally_decide_ternary(kernels, counters, num_votes, quorum, runs,
+                                          planes_at(words.mutable_words(), stride), max_threads);
   }
-  check_apart(out_argument, span_of(words), "planes", span_of(counters));
+  const Run whole = whole_run(to_numel_of(op, numel_or_runs, counters));
+  const auto result = to_written_ternary(out_argument, out, counters.width);
+  check_apart(out_argument, result, "planes", span_of(counters));
   py::gil_scoped_release release;
-  if (quorum > num_votes) {
-    std::fill_n(words.data, 2 * words.width, 0);
-  } else {
-    signvote::tally_decide_ternary(kernels, counters, num_votes, quorum, numel, words.data, words.data + words.width,
-                                   max_threads);
-  }
+  return signvote::tally_decide_ternary(kernels, counters, num_votes, quorum, {&whole, 1}, result.planes, max_threads);
 }
 
 void tally_counts(const Array& planes_array, py::handle numel_object, const Array& out) {
@@ -270,14 +303,31 @@ PYBIND11_MODULE(_core, m) {
         py::arg("seed"), py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
   m.def("unpack_runs", &unpack_runs<Cpu, py::handle, py::handle>, py::arg("words"), py::arg("runs"), py::arg("dtype"),
         py::arg("positive"), py::arg("bucket"), py::arg("implementation"), py::arg("num_threads") = 1);
+  m.def("pack_ternary", &pack_ternary<Cpu, py::handle, py::handle>, py::arg("x"), py::arg("dtype"), py::arg("limit"),
+        py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
+  m.def("majority_vote_ternary", &majority_vote_ternary<Cpu, py::handle, py::handle>, py::arg("rows"), py::arg("numel"),
+        py::arg("quorum"), py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
+  m.def("unpack_ternary", &unpack_ternary<Cpu, py::handle, py::handle>, py::arg("planes"), py::arg("numel"),
+        py::arg("dtype"), py::arg("positive"), py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
+  m.def("pack_ternary_runs", &pack_ternary_runs<Cpu, py::handle, py::handle>, py::arg("bucket"), py::arg("dtype"),
+        py::arg("limit"), py::arg("runs"), py::arg("stride"), py::arg("out"), py::arg("implementation"),
+        py::arg("num_threads") = 1);
+  m.def("vote_ternary_runs", &vote_ternary_runs<Cpu, py::handle, py::handle>, py::arg("rows"), py::arg("runs"),
+        py::arg("stride"), py::arg("quorum"), py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
+  m.def("unpack_ternary_runs", &unpack_ternary_runs<Cpu, py::handle, py::handle>, py::arg("words"), py::arg("runs"),
+        py::arg("stride"), py::arg("dtype"), py::arg("positive"), py::arg("bucket"), py::arg("implementation"),
+        py::arg("num_threads") = 1);
   m.def("check_runs", &check_runs, py::arg("op"), py::arg("runs"), py::arg("num_coordinates"), py::arg("num_words"));
   m.def("tally_add", &tally_add, py::arg("planes"), py::arg("words"), py::arg("weight"), py::arg("implementation"),
         py::arg("num_threads") = 1);
+  m.def("tally_add_ternary", &tally_add_ternary, py::arg("planes"), py::arg("words"), py::arg("weight"),
+        py::arg("implementation"), py::arg("num_threads") = 1);
   m.def("tally_merge", &tally_merge, py::arg("planes"), py::arg("others"), py::arg("implementation"),
         py::arg("num_threads") = 1);
   m.def("tally_decide", &tally_decide, py::arg("planes"), py::arg("num_votes"), py::arg("numel_or_runs"),
         py::arg("ties"), py::arg("seed"), py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
   m.def("tally_decide_ternary", &tally_decide_ternary, py::arg("planes"), py::arg("num_votes"), py::arg("quorum"),
-        py::arg("numel"), py::arg("out"), py::arg("implementation"), py::arg("num_threads") = 1);
+        py::arg("numel_or_runs"), py::arg("stride"), py::arg("out"), py::arg("implementation"),
+        py::arg("num_threads") = 1);
   m.def("tally_counts", &tally_counts, py::arg("planes"), py::arg("numel"), py::arg("out"));
 }

@@ -39,7 +39,7 @@ bool signvote::binding::to_array(py::handle object, Array* array) {
   array->is_contiguous = ask("is_contiguous") != 0;
   array->ndim = ask("dim");
   array->size = ask("numel");
-  for (size_t i = 0; i < 2 && i < array->ndim; ++i) {
+  for (size_t i = 0; i < 3 && i < array->ndim; ++i) {
     array->shape[i] = ask("size", i);
     array->strides[i] = static_cast<py::ssize_t>(ask("stride", i) * array->itemsize);
   }

@@ -180,6 +180,118 @@ void unpack_runs(const Array& words_array, const Array& runs_array, py::handle d
   target.unpack_signs(words, runs, positive, result);
 }
 
+template <class Target, class... TargetArguments>
+auto pack_ternary(const Array& x, py::handle dtype_name, uint64_t limit, const Array& out,
+                  TargetArguments... target_arguments) {
+  const char* op = "pack_ternary";
+  const Target target(op, target_arguments...);
+  const DType dtype = to_dtype(op, dtype_name);
+  const Coordinates source{dtype, to_coordinates({op, "x"}, x, dtype, Access::kRead)};
+  const Argument out_argument{op, "out"};
+  const auto result = to_written_ternary(out_argument, out, num_words(source.span.size));
+  check_apart(out_argument, result, "x", source.span);
+  const Run whole = whole_run(source.span.size);
+  py::gil_scoped_release release;
+  return target.pack_ternary(source, {&whole, 1}, limit, result.planes);
+}
+
+template <class Target, class... TargetArguments>
+auto majority_vote_ternary(const py::object& stack, py::handle numel_object, py::handle quorum_object, const Array& out,
+                           TargetArguments... target_arguments) {
+  const char* op = "majority_vote_ternary";
+  const Target target(op, target_arguments...);
+  const Argument stack_argument{op, "stack"};
+  const Ballots ballots = to_ballots(stack_argument, stack, Target::kTakesLists);
+  const size_t numel = numel_object.is_none() ? ballots.width * 32 : to_size(op, "numel", numel_object);
+  if (num_words(numel) != ballots.width) {
+    stack_argument.value_error("has " + std::to_string(ballots.width) + " words in a plane",
+                               std::to_string(num_words(numel)) + " for numel " + std::to_string(numel));
+  }
+  const uint64_t quorum = to_quorum(op, quorum_object);
+  const Argument out_argument{op, "out"};
+  const auto result = to_written_ternary(out_argument, out, ballots.width);
+  check_apart(out_argument, result, "stack", ballots.planes());
+  const Run whole = whole_run(numel);
+  py::gil_scoped_release release;
+  return target.majority_vote_ternary(ballots, {&whole, 1}, quorum, result.planes);
+}
+
+template <class Target, class... TargetArguments>
+void unpack_ternary(const Array& planes_array, py::handle numel_object, py::handle dtype_name, uint64_t positive,
+                    const Array& out, TargetArguments... target_arguments) {
+  const char* op = "unpack_ternary";
+  const Target target(op, target_arguments...);
+  const DType dtype = to_dtype(op, dtype_name);
+  const size_t numel = to_size(op, "numel", numel_object);
+  const auto source = to_ternary<const uint32_t>({op, "planes"}, planes_array, num_words(numel));
+  const Argument out_argument{op, "out"};
+  const Coordinates result{dtype, to_coordinates(out_argument, out, dtype, Access::kWrite)};
+  check_size(out_argument, result.span, "coordinates", numel);
+  check_apart(out_argument, result.span, "planes", source.sign());
+  check_apart(out_argument, result.span, "planes", source.active());
+  const Run whole = whole_run(numel);
+  py::gil_scoped_release release;
+  target.unpack_ternary(source.planes, {&whole, 1}, positive, result);
+}
+
+template <class Target, class... TargetArguments>
+auto pack_ternary_runs(const Array& bucket, py::handle dtype_name, uint64_t limit, const Array& runs_array,
+                       py::handle stride_object, const Array& out, TargetArguments... target_arguments) {
+  const char* op = "pack_ternary_runs";
+  const Target target(op, target_arguments...);
+  const DType dtype = to_dtype(op, dtype_name);
+  const Coordinates source{dtype, to_coordinates({op, "bucket"}, bucket, dtype, Access::kRead)};
+  const Argument out_argument{op, "out"};
+  const Span words = to_words(out_argument, out, Access::kWrite);
+  const size_t stride = to_stride(op, stride_object, words.size);
+  const Runs runs = to_ternary_runs(op, runs_array, source.span.size, words.size, stride);
+  check_apart(out_argument, words, "bucket", source.span);
+  check_runs_apart(op, runs, "out", words);
+  py::gil_scoped_release release;
+  return target.pack_ternary(source, runs, limit, planes_at(words.mutable_words(), stride));
+}
+
+template <class Target, class... TargetArguments>
+auto vote_ternary_runs(const py::object& rows_object, const Array& runs_array, py::handle stride_object,
+                       py::handle quorum_object, const Array& out, TargetArguments... target_arguments) {
+  const char* op = "vote_ternary_runs";
+  const Target target(op, target_arguments...);
+  const Rows rows = to_rows({op, "rows"}, rows_object, Target::kTakesLists);
+  const size_t stride = to_stride(op, stride_object, rows.width);
+  const uint64_t quorum = to_quorum(op, quorum_object);
+  const Argument out_argument{op, "out"};
+  const Span words = to_words(out_argument, out, Access::kWrite);
+  check_size(out_argument, words, "words", rows.width);
+  const Runs runs = to_ternary_runs(op, runs_array, kAnyNumel, rows.width, stride);
+  check_apart(out_argument, words, "rows", rows);
+  check_runs_apart(op, runs, "out", words);
+  Ballots ballots;
+  ballots.width = rows.width - stride;
+  ballots.stride = rows.stride;
+  ballots.plane_stride = static_cast<py::ssize_t>(stride);
+  for (const uint32_t* row : rows.pointers) ballots.pointers.push_back(planes_at(row, stride));
+  py::gil_scoped_release release;
+  return target.majority_vote_ternary(ballots, runs, quorum, planes_at(words.mutable_words(), stride));
+}
+
+template <class Target, class... TargetArguments>
+void unpack_ternary_runs(const Array& words_array, const Array& runs_array, py::handle stride_object,
+                         py::handle dtype_name, uint64_t positive, const Array& bucket,
+                         TargetArguments... target_arguments) {
+  const char* op = "unpack_ternary_runs";
+  const Target target(op, target_arguments...);
+  const DType dtype = to_dtype(op, dtype_name);
+  const Span words = to_words({op, "words"}, words_array, Access::kRead);
+  const size_t stride = to_stride(op, stride_object, words.size);
+  const Argument bucket_argument{op, "bucket"};
+  const Coordinates result{dtype, to_coordinates(bucket_argument, bucket, dtype, Access::kWrite)};
+  const Runs runs = to_ternary_runs(op, runs_array, result.span.size, words.size, stride);
+  check_apart(bucket_argument, result.span, "words", words);
+  check_runs_apart(op, runs, "bucket", result.span);
+  py::gil_scoped_release release;
+  target.unpack_ternary(planes_at(words.words(), stride), runs, positive, result);
+}
+
 }  // namespace binding
 }  // namespace signvote
 

@@ -18,10 +18,12 @@
 // clang-format off
 #include "blocks.inl"
 #include "pack.inl"
+#include "pack_ternary.inl"
 #include "momentum.inl"
 #include "unpack.inl"
 #include "vote_writer.inl"
 #include "vote.inl"
+#include "vote_ternary.inl"
 #include "counters.inl"
 // clang-format on
 
@@ -33,6 +35,10 @@
    SIGNVOTE_FOR_EACH_DTYPE(has_nonfinite), \
    majority_vote,                          \
    add_counts,                             \
+   add_counts_ternary,                     \
    decide_counts,                          \
    decide_counts_ternary,                  \
-   SIGNVOTE_FOR_EACH_DTYPE(unpack_signs)}
+   SIGNVOTE_FOR_EACH_DTYPE(unpack_signs),  \
+   SIGNVOTE_FOR_EACH_DTYPE(pack_ternary),  \
+   majority_vote_ternary,                  \
+   SIGNVOTE_FOR_EACH_DTYPE(unpack_ternary)}

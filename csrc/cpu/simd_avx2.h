@@ -187,6 +187,34 @@ inline void select_64(uint64_t bits, U set, U clear, U* out) {
   }
 }
 
+// All bits of a lane are 1 where the bit of `bits` is: lane j of part i is bit i * Lanes<U>::kCount + j.
+template <class U>
+inline __m256i lanes_of(uint64_t bits, size_t i) {
+  if constexpr (sizeof(U) == 2) {
+    const __m256i weights = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+                                              static_cast<short>(0x8000));
+    const __m256i all = _mm256_set1_epi16(static_cast<short>(bits >> (16 * i)));
+    return _mm256_cmpeq_epi16(_mm256_and_si256(all, weights), weights);
+  } else if constexpr (sizeof(U) == 4) {
+    const __m256i weights = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i all = _mm256_set1_epi32(static_cast<int>(bits >> (8 * i)));
+    return _mm256_cmpeq_epi32(_mm256_and_si256(all, weights), weights);
+  } else {
+    const __m256i weights = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256i all = _mm256_set1_epi64x(static_cast<long long>(bits >> (4 * i)));
+    return _mm256_cmpeq_epi64(_mm256_and_si256(all, weights), weights);
+  }
+}
+
+template <class U>
+inline void select_64(uint64_t active, uint64_t bits, U set, U clear, U* out) {
+  const __m256i ones = broadcast(set).value, zeros = broadcast(clear).value;
+  for (size_t i = 0; i < 64 / Lanes<U>::kCount; ++i) {
+    const __m256i value = _mm256_blendv_epi8(zeros, ones, lanes_of<U>(bits, i));
+    store(out + i * Lanes<U>::kCount, Lanes<U>{_mm256_and_si256(value, lanes_of<U>(active, i))});
+  }
+}
+
 inline size_t popcount(uint64_t x) { return static_cast<size_t>(_mm_popcnt_u64(x)); }
 
 template <class Real>

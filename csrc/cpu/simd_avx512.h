@@ -185,6 +185,37 @@ inline void select_64(uint64_t bits, U set, U clear, U* out) {
   }
 }
 
+template <class U>
+inline void select_64(uint64_t active, uint64_t bits, U set, U clear, U* out) {
+  __mmask64 mask = _cvtu64_mask64(active & bits), nonzero = _cvtu64_mask64(active);
+  if constexpr (sizeof(U) == 2) {
+    const __m256i ones = _mm256_set1_epi16(static_cast<short>(set)),
+                  zeros = _mm256_set1_epi16(static_cast<short>(clear));
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 64; i += 16) {
+      const __m256i negative = _mm256_maskz_mov_epi16(static_cast<__mmask16>(nonzero), zeros);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                          _mm256_mask_mov_epi16(negative, static_cast<__mmask16>(mask), ones));
+      mask = _kshiftri_mask64(mask, 16);
+      nonzero = _kshiftri_mask64(nonzero, 16);
+    }
+  } else {
+    const __m512i ones = broadcast(set).value, zeros = broadcast(clear).value;
+#pragma GCC unroll 8
+    for (size_t i = 0; i < 64; i += Lanes<U>::kCount) {
+      if constexpr (sizeof(U) == 4) {
+        const __m512i negative = _mm512_maskz_mov_epi32(static_cast<__mmask16>(nonzero), zeros);
+        store(out + i, Lanes<U>{_mm512_mask_mov_epi32(negative, static_cast<__mmask16>(mask), ones)});
+      } else {
+        const __m512i negative = _mm512_maskz_mov_epi64(static_cast<__mmask8>(nonzero), zeros);
+        store(out + i, Lanes<U>{_mm512_mask_mov_epi64(negative, static_cast<__mmask8>(mask), ones)});
+      }
+      mask = _kshiftri_mask64(mask, Lanes<U>::kCount);
+      nonzero = _kshiftri_mask64(nonzero, Lanes<U>::kCount);
+    }
+  }
+}
+
 inline size_t popcount(uint64_t x) { return static_cast<size_t>(_mm_popcnt_u64(x)); }
 
 template <class Real>

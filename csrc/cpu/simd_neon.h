@@ -180,6 +180,34 @@ inline void select_64(uint64_t bits, uint64_t set, uint64_t clear, uint64_t* out
   }
 }
 
+inline void select_64(uint64_t active, uint64_t bits, uint16_t set, uint16_t clear, uint16_t* out) {
+  static const uint16_t kBit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  const uint16x8_t bit = vld1q_u16(kBit), ones = vdupq_n_u16(set), zeros = vdupq_n_u16(clear);
+  for (size_t i = 0; i < 64; i += 8) {
+    const uint16x8_t mask = vtstq_u16(vdupq_n_u16(static_cast<uint16_t>(bits >> i)), bit);
+    const uint16x8_t nonzero = vtstq_u16(vdupq_n_u16(static_cast<uint16_t>(active >> i)), bit);
+    vst1q_u16(out + i, vandq_u16(vbslq_u16(mask, ones, zeros), nonzero));
+  }
+}
+inline void select_64(uint64_t active, uint64_t bits, uint32_t set, uint32_t clear, uint32_t* out) {
+  static const uint32_t kBit[4] = {1, 2, 4, 8};
+  const uint32x4_t bit = vld1q_u32(kBit), ones = vdupq_n_u32(set), zeros = vdupq_n_u32(clear);
+  for (size_t i = 0; i < 64; i += 4) {
+    const uint32x4_t mask = vtstq_u32(vdupq_n_u32(static_cast<uint32_t>(bits >> i)), bit);
+    const uint32x4_t nonzero = vtstq_u32(vdupq_n_u32(static_cast<uint32_t>(active >> i)), bit);
+    vst1q_u32(out + i, vandq_u32(vbslq_u32(mask, ones, zeros), nonzero));
+  }
+}
+inline void select_64(uint64_t active, uint64_t bits, uint64_t set, uint64_t clear, uint64_t* out) {
+  static const uint64_t kBit[2] = {1, 2};
+  const uint64x2_t bit = vld1q_u64(kBit), ones = vdupq_n_u64(set), zeros = vdupq_n_u64(clear);
+  for (size_t i = 0; i < 64; i += 2) {
+    const uint64x2_t mask = vtstq_u64(vdupq_n_u64(bits >> i), bit);
+    const uint64x2_t nonzero = vtstq_u64(vdupq_n_u64(active >> i), bit);
+    vst1q_u64(out + i, vandq_u64(vbslq_u64(mask, ones, zeros), nonzero));
+  }
+}
+
 inline size_t popcount(uint64_t x) { return vaddv_u8(vcnt_u8(vcreate_u8(x))); }
 
 template <class Real>

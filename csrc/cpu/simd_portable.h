@@ -147,6 +147,19 @@ inline void select_64(uint64_t bits, U set, U clear, U* out) {
   }
 }
 
+// The same where `active` is 1; 0 where it is 0.
+template <class U>
+inline void select_64(uint64_t active, uint64_t bits, U set, U clear, U* out) {
+  for (size_t i = 0; i < 64; i += 8) {
+    static const U kBit[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+    const U eight = static_cast<U>(bits >> i & 255), eight_active = static_cast<U>(active >> i & 255);
+    for (size_t j = 0; j < 8; ++j) {
+      const U value = (eight & kBit[j]) != 0 ? set : clear;
+      out[i + j] = (eight_active & kBit[j]) != 0 ? value : U{0};
+    }
+  }
+}
+
 inline size_t popcount(uint64_t x) {
   x -= x >> 1 & 0x5555555555555555u;
   x = (x & 0x3333333333333333u) + (x >> 2 & 0x3333333333333333u);

@@ -178,7 +178,7 @@ struct FullTile {
   Words load(const uint32_t* from, size_t t) const { return load_words(from + t * kWords); }
 };
 struct LastWords {
-  size_t word, count;
+  size_t word, count, numel;
   static constexpr size_t num = 1;
   const uint32_t* begin(const uint32_t* row) const { return row + word; }
   const uint32_t* after(const uint32_t* row) const { return row; }
@@ -216,8 +216,8 @@ class RowGroup {
 };
 
 // Adds group `number`, through as many more adders as there are carries waiting in a row.
-template <class Tile>
-inline void add_group(Counters& counters, size_t first, const Tile& tile, const RowGroup<Tile>& group, size_t number) {
+template <class Tile, class Group>
+inline void add_group(Counters& counters, size_t first, const Tile& tile, const Group& group, size_t number) {
   const int written = num_written(number);
   int top = kGroupBits;
   for (; (number >> (top - kGroupBits) & 1) != 0; ++top) {
@@ -238,59 +238,83 @@ inline void add_group(Counters& counters, size_t first, const Tile& tile, const 
   }
 }
 
+// Bits 0 to `top` of the count at register t after the last group, which is group `number` > 0.
+template <class Group>
+inline void add_last_group(const Counters& counters, size_t first, const Group& last, size_t number, int top, size_t t,
+                           Words* bits) {
+  const int written = num_written(number);
+  for (int j = 0; j < kGroupBits; ++j) bits[j] = counters.planes[j][t];
+  Words carry = last.add_to(bits, t);
+  for (int j = kGroupBits; j <= top; ++j) {
+    const Words plane = j < written ? counters.planes[j][t] : bit_of(first, j);
+    if ((number >> (j - kGroupBits) & 1) != 0) {
+      const Words other = counters.waiting[j][t];
+      bits[j] = xor3(plane, other, carry);
+      carry = majority3(plane, other, carry);
+    } else {
+      bits[j] = plane ^ carry;
+      carry = plane & carry;
+    }
+  }
+}
+
 // The decision at register t, with the last group.
 template <class Tile>
 inline Decision decide_with(const Counters& counters, const RowGroup<Tile>& last, const uint32_t* const* rows,
                             size_t num_rows, size_t t) {
-  const size_t num_odd = odd_rows(num_rows), first = first_count(num_odd), number = (num_odd - 1) / kGroupRows;
-  const int num_low = count_bits_below_majority(num_odd), written = num_written(number);
-  Words low[kMaxPlanes];
-  for (int j = 0; j < kGroupBits; ++j) low[j] = counters.planes[j][t];
-  Words carry = last.add_to(low, t);
-  for (int j = kGroupBits; j <= num_low; ++j) {
-    const Words plane = j < written ? counters.planes[j][t] : bit_of(first, j);
-    if ((number >> (j - kGroupBits) & 1) != 0) {
-      const Words other = counters.waiting[j][t];
-      low[j] = xor3(plane, other, carry);
-      carry = majority3(plane, other, carry);
-    } else {
-      low[j] = plane ^ carry;
-      carry = plane & carry;
-    }
-  }
-  const Words majority = low[num_low];
-  if (num_rows % 2 == 0) return with_last_row(low, num_low, majority, last.load(rows[num_odd], t));
+  const size_t num_odd = odd_rows(num_rows);
+  const int num_low = count_bits_below_majority(num_odd);
+  Words bits[kMaxPlanes];
+  add_last_group(counters, first_count(num_odd), last, (num_odd - 1) / kGroupRows, num_low, t, bits);
+  const Words majority = bits[num_low];
+  if (num_rows % 2 == 0) return with_last_row(bits, num_low, majority, last.load(rows[num_odd], t));
   return {majority, broadcast<uint64_t>(0)};
 }
 
-// Adds all groups but the last, and returns that.
-template <class Tile>
-inline RowGroup<Tile> add_groups(Counters& counters, const Tile& tile, const uint32_t* const* rows, size_t num_rows) {
-  const size_t first = first_count(odd_rows(num_rows)), last = (odd_rows(num_rows) - 1) / kGroupRows;
-  for (size_t number = 0; number < last; ++number) {
-    add_group(counters, first, tile, RowGroup<Tile>(tile, rows, num_rows, number), number);
-  }
-  return RowGroup<Tile>(tile, rows, num_rows, last);
+// Adds all groups but the last, and returns that. make_group(number) is group `number`; the count starts at `first`.
+template <class Tile, class MakeGroup>
+inline auto add_groups(Counters& counters, size_t first, const Tile& tile, size_t num_rows,
+                       const MakeGroup& make_group) {
+  const size_t last = (num_rows - 1) / kGroupRows;
+  for (size_t number = 0; number < last; ++number) add_group(counters, first, tile, make_group(number), number);
+  return make_group(last);
 }
 
-SIGNVOTE_FLATTEN uint64_t vote_many(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties,
-                                    uint64_t coins, uint32_t* out) {
-  VoteWriter writer(num_rows, ties, coins, out);
-  Counters counters;
+// do_tile(tile) for the tiles of `numel` coordinates, the last of which may be a LastWords.
+template <class DoTile>
+inline void for_each_tile(size_t numel, const DoTile& do_tile) {
   size_t word = 0;
   while (numel >= 32 * kWords) {
     const size_t left = numel / (32 * kWords);
     const FullTile tile{word, left < kTile ? left : kTile};
-    const RowGroup<FullTile> last = add_groups(counters, tile, rows, num_rows);
-    writer.write(word, tile.num, [&](size_t t) { return decide_with(counters, last, rows, num_rows, t); });
+    do_tile(tile);
     numel -= 32 * kWords * tile.num;
     word += kWords * tile.num;
   }
-  if (numel > 0) {
-    const LastWords tile{word, (numel + 31) / 32};
-    const RowGroup<LastWords> last = add_groups(counters, tile, rows, num_rows);
-    writer.write_part(word, tile.count, valid_bits(numel), decide_with(counters, last, rows, num_rows, 0));
-  }
+  if (numel > 0) do_tile(LastWords{word, (numel + 31) / 32, numel});
+}
+
+// The decisions decide(t) of a tile.
+template <class Writer, class Decide>
+inline void write_tile(Writer& writer, const FullTile& tile, const Decide& decide) {
+  writer.write(tile.word, tile.num, decide);
+}
+template <class Writer, class Decide>
+inline void write_tile(Writer& writer, const LastWords& tile, const Decide& decide) {
+  writer.write_part(tile.word, tile.count, valid_bits(tile.numel), decide(0));
+}
+
+SIGNVOTE_FLATTEN uint64_t vote_many(const uint32_t* const* rows, size_t num_rows, size_t numel, Undecided ties,
+                                    uint64_t coins, uint32_t* out) {
+  const size_t num_odd = odd_rows(num_rows);
+  VoteWriter writer(num_rows, ties, coins, out);
+  Counters counters;
+  for_each_tile(numel, [&](auto tile) {
+    using Group = RowGroup<decltype(tile)>;
+    const auto make_group = [&](size_t number) { return Group(tile, rows, num_rows, number); };
+    const Group last = add_groups(counters, first_count(num_odd), tile, num_odd, make_group);
+    write_tile(writer, tile, [&](size_t t) { return decide_with(counters, last, rows, num_rows, t); });
+  });
   return writer.num_tied();
 }
 

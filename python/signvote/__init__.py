@@ -5,9 +5,12 @@ from signvote.ops import (
     has_nonfinite,
     implementations,
     majority_vote,
+    majority_vote_ternary,
     num_words,
     pack_signs,
+    pack_ternary,
     unpack_signs,
+    unpack_ternary,
 )
 from signvote.tally import VoteTally
 
@@ -20,7 +23,10 @@ __all__ = [
     "has_nonfinite",
     "implementations",
     "majority_vote",
+    "majority_vote_ternary",
     "num_words",
     "pack_signs",
+    "pack_ternary",
     "unpack_signs",
+    "unpack_ternary",
 ]

@@ -73,8 +73,69 @@ def unpack_runs(
     implementation: str,
     num_threads: SupportsIndex = 1,
 ) -> None: ...
+def pack_ternary(
+    x: NDArray[Any],
+    dtype: str,
+    limit: int,
+    out: NDArray[Any],
+    implementation: str,
+    num_threads: SupportsIndex = 1,
+) -> tuple[int, int]: ...
+def majority_vote_ternary(
+    rows: NDArray[Any] | list[NDArray[Any]],
+    numel: SupportsIndex | None,
+    quorum: SupportsIndex,
+    out: NDArray[Any],
+    implementation: str,
+    num_threads: SupportsIndex = 1,
+) -> int: ...
+def unpack_ternary(
+    planes: NDArray[Any],
+    numel: SupportsIndex,
+    dtype: str,
+    positive: int,
+    out: NDArray[Any],
+    implementation: str,
+    num_threads: SupportsIndex = 1,
+) -> None: ...
+def pack_ternary_runs(
+    bucket: NDArray[Any],
+    dtype: str,
+    limit: int,
+    runs: NDArray[Any],
+    stride: SupportsIndex,
+    out: NDArray[Any],
+    implementation: str,
+    num_threads: SupportsIndex = 1,
+) -> tuple[int, int]: ...
+def vote_ternary_runs(
+    rows: NDArray[Any] | list[NDArray[Any]],
+    runs: NDArray[Any],
+    stride: SupportsIndex,
+    quorum: SupportsIndex,
+    out: NDArray[Any],
+    implementation: str,
+    num_threads: SupportsIndex = 1,
+) -> int: ...
+def unpack_ternary_runs(
+    words: NDArray[Any],
+    runs: NDArray[Any],
+    stride: SupportsIndex,
+    dtype: str,
+    positive: int,
+    bucket: NDArray[Any],
+    implementation: str,
+    num_threads: SupportsIndex = 1,
+) -> None: ...
 def check_runs(op: str, runs: NDArray[Any], num_coordinates: SupportsIndex, num_words: SupportsIndex) -> None: ...
 def tally_add(
+    planes: NDArray[Any],
+    words: NDArray[Any],
+    weight: SupportsIndex,
+    implementation: str,
+    num_threads: SupportsIndex = 1,
+) -> None: ...
+def tally_add_ternary(
     planes: NDArray[Any],
     words: NDArray[Any],
     weight: SupportsIndex,
@@ -98,9 +159,10 @@ def tally_decide_ternary(
     planes: NDArray[Any],
     num_votes: SupportsIndex,
     quorum: SupportsIndex,
-    numel: SupportsIndex,
+    numel_or_runs: SupportsIndex | NDArray[Any],
+    stride: SupportsIndex,
     out: NDArray[Any],
     implementation: str,
     num_threads: SupportsIndex = 1,
-) -> None: ...
+) -> int: ...
 def tally_counts(planes: NDArray[Any], numel: SupportsIndex, out: NDArray[Any]) -> None: ...

@@ -67,6 +67,32 @@ _FINITE_BITS: dict[str, Callable[[float], int | None]] = {
 }
 
 
+def threshold_bits(op: str, threshold: SupportsFloat, dtype: str) -> int:
+    """The bits of the largest value of ``dtype`` that is not above ``threshold``: what is above one is above both."""
+    try:
+        value = float(threshold)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: threshold is {threshold!r}, expected a number") from None
+    if not value >= 0:
+        raise ValueError(f"{op}: threshold is {value!r}, expected a number that is not negative")
+    if math.isinf(value):
+        return _INFINITY[dtype]
+    nearest = _FINITE_BITS[dtype](abs(value))
+    if nearest is None:
+        return _INFINITY[dtype] - 1
+    return nearest - 1 if _value_of(nearest, dtype) > value else nearest
+
+
+def _value_of(bits: int, dtype: str) -> float:
+    if dtype == "bfloat16":
+        bits, dtype = bits << 16, "float32"
+    float_format, int_format = {"float32": ("<f", "<I"), "float64": ("<d", "<Q"), "float16": ("<e", "<H")}[dtype]
+    return float(struct.unpack(float_format, struct.pack(int_format, bits))[0])
+
+
+_INFINITY = {"float32": 0x7F800000, "float64": 0x7FF0000000000000, "float16": 0x7C00, "bfloat16": 0x7F80}
+
+
 def to_integer(op: str, name: str, value: SupportsIndex, smallest: int, largest: int) -> int:
     """``value`` as an ``int`` from ``smallest`` to ``largest``, which is one less than a power of two."""
     try:

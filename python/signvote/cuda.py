@@ -77,9 +77,12 @@ def launch(
         pieces: Of an op on runs, what takes the place of the runs on the device.
         counts: Where to count what ``_core``'s function returns; nowhere unless given.
     """
+    native = getattr(find_module(), op, None)
+    if native is None:
+        raise NotImplementedError(f"{op}: there is no such kernel for {device}, expected tensors on the CPU")
     with _current(device) as (index, stream):
         of_runs = () if pieces is None else (pieces,)
-        getattr(find_module(), op)(*arguments, *of_runs, counts, index, stream.cuda_stream)
+        native(*arguments, *of_runs, counts, index, stream.cuda_stream)
         if pieces is not None:
             pieces.record_stream(stream)  # they may be freed before this is done, and belong to another stream
 

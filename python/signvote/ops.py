@@ -3,6 +3,9 @@
 A word is 32 sign bits, least significant bit first: coordinate ``i`` is bit ``i % 32`` of word ``i // 32``, 1 for a
 positive coordinate, and the unused bits of the last word are 0. Words are ``uint32`` in NumPy and ``int32`` in torch.
 
+Ternary words are ``(2, W)``: the plane ``sign`` and the plane ``active``, which is 1 where a coordinate is not 0. Ops
+write sign 0 where a coordinate is 0, and read none there.
+
 NumPy arrays in give NumPy arrays out, tensors in give tensors out on the same device. On a CUDA device an op works on
 torch's current stream and, apart from :func:`has_nonfinite`, returns before it is done; ``implementation`` and
 ``num_threads`` are the CPU's, and must be None there. Inputs must be contiguous; the result never takes part in
@@ -34,6 +37,7 @@ from signvote.arguments import (
     input_words,
     scale_bits,
     size_of,
+    threshold_bits,
     to_integer,
     to_torch_dtype,
     words_out,
@@ -226,21 +230,8 @@ def majority_vote(
             overlaps ``stack``; ``ties``, ``seed`` or ``implementation`` is none of the above.
     """
     op = "majority_vote"
-    if isinstance(stack, (list, tuple)):
-        if not stack:
-            raise ValueError(f"{op}: stack has 0 rows, expected 1 to 65535")
-        like: Any = stack[0]
-        device = device_of(op, "stack[0]", like)
-        for i, row in enumerate(stack):
-            check_same_kind(op, f"stack[{i}]", row, like)
-        rows: Any = [input_words(op, f"stack[{i}]", row, device) for i, row in enumerate(stack)]
-        width = size_of(like)
-    else:
-        like = stack
-        device = device_of(op, "stack", like)
-        rows = input_words(op, "stack", like, device)
-        width = like.shape[-1] if like.ndim else 0
-    result, words = words_out(op, like, (width,), out, device)
+    rows, like, device = _input_stack(op, stack)
+    result, words = words_out(op, like, (_width_of(like),), out, device)
     if isinstance(rows, list) and device is not CPU:
         rows = cuda.stacked(op, "stack", rows, words)
     _call(_core.majority_vote, device, (rows, numel, ties, seed, words), implementation, num_threads)
@@ -286,17 +277,129 @@ def unpack_signs(
     numel = _to_numel(op, numel)
     if size_of(words) != num_words(numel):
         raise ValueError(f"{op}: words has {size_of(words)} words, expected {num_words(numel)} for numel {numel}")
-    result: Any
-    if out is None:
-        result = _empty_coordinates(op, words, numel, dtype)
-    else:
-        result = out
-        check_same_kind(op, "out", out, words)
-        if dtype is not None and _to_dtype(op, words, dtype) != out.dtype:
-            raise TypeError(f"{op}: out is {out.dtype}, expected {dtype}")
-    target, name = written_coordinates(op, "out", result, device)
+    result, target, name = _coordinates_out(op, words, numel, dtype, out, device)
     positive = scale_bits(op, scale, name)
     _call(_core.unpack_signs, device, (source, numel, name, positive, target), implementation, num_threads)
+    return result
+
+
+def pack_ternary(
+    x: Array,
+    *,
+    threshold: SupportsFloat = 0.0,
+    out: Array | None = None,
+    implementation: str | None = None,
+    num_threads: SupportsIndex | None = None,
+) -> Array:
+    """Pack the signs of the coordinates of ``x`` above a threshold, and 0 for the others: two bits per coordinate.
+
+    With 0 a worker abstains, as one should that is unsure of the sign: the "majority vote with abstention" of Bernstein
+    et al., signSGD: Compressed Optimisation for Non-Convex Problems (ICML 2018), section 6.
+
+    Equivalent to: ``active = abs(x) > threshold; sign = active & (x > 0)``, packed as :func:`pack_signs` packs.
+
+    Args:
+        x: As in :func:`pack_signs`. NaN is 0, ±inf is not.
+        threshold: 0 or more, inf included, which nothing is above. It is not rounded to the dtype of ``x``.
+        out: ``(2, num_words(numel))`` words to write to, with any distance between the planes.
+        implementation: One of :func:`implementations`.
+        num_threads: As in :func:`pack_signs`.
+
+    Returns:
+        ``out``, or new ``(2, num_words(numel))`` words: sign and active.
+
+    Raises:
+        TypeError: ``x`` or ``out`` has another type or dtype, or ``threshold`` is not a number.
+        ValueError: As :func:`pack_signs`; ``out`` has another shape; ``threshold`` is negative or NaN.
+        NotImplementedError: ``x`` is on a CUDA device.
+    """
+    op = "pack_ternary"
+    device = device_of(op, "x", x)
+    source, dtype = input_coordinates(op, "x", x, device)
+    limit = threshold_bits(op, threshold, dtype)
+    result, planes = words_out(op, x, (2, num_words(size_of(x))), out, device)
+    _call(_core.pack_ternary, device, (source, dtype, limit, planes), implementation, num_threads)
+    return result
+
+
+def majority_vote_ternary(
+    stack: Array | Sequence[Array],
+    *,
+    quorum: SupportsIndex = 1,
+    numel: SupportsIndex | None = None,
+    out: Array | None = None,
+    implementation: str | None = None,
+    num_threads: SupportsIndex | None = None,
+) -> Array:
+    """Per coordinate, the sign that more of M workers sent, or 0 where it leads by less than a quorum.
+
+    The server's part of the "majority vote with abstention" of Bernstein et al. (ICML 2018), section 6, whose quorum is
+    not reached where "too many workers disagreed or abstained". With ``quorum=1`` only ties are 0.
+
+    Equivalent to: ``lead = votes.sum(axis=0); np.where(abs(lead) < quorum, 0, np.sign(lead))`` for the unpacked
+    ``votes``, each 1, 0 or -1.
+
+    Args:
+        stack: ``(M, 2, W)`` words, whose rows and planes may lie at any distance from each other, or M arrays of
+            ``(2, W)`` words; M from 1 to 65535.
+        quorum: 1 or more. Beyond M, all coordinates are 0.
+        numel: How many coordinates the words hold; ``32 * W`` unless given.
+        out: ``(2, W)`` words to write to, with any distance between the planes.
+        implementation: One of :func:`implementations`.
+        num_threads: As in :func:`pack_signs`.
+
+    Returns:
+        ``out``, or new ``(2, W)`` words: sign and active.
+
+    Raises:
+        TypeError: ``stack`` or ``out`` has another type or dtype, or ``numel`` or ``quorum`` is not an integer.
+        ValueError: As :func:`majority_vote`; ``stack`` or ``out`` has another shape; ``quorum`` is less than 1.
+        NotImplementedError: ``stack`` is on a CUDA device.
+    """
+    op = "majority_vote_ternary"
+    rows, like, device = _input_stack(op, stack)
+    result, planes = words_out(op, like, (2, _width_of(like)), out, device)
+    _call(_core.majority_vote_ternary, device, (rows, numel, quorum, planes), implementation, num_threads)
+    return result
+
+
+def unpack_ternary(
+    planes: Array,
+    numel: SupportsIndex,
+    *,
+    dtype: DTypeLike | torch.dtype | None = None,
+    scale: SupportsFloat = 1.0,
+    out: Array | None = None,
+    implementation: str | None = None,
+    num_threads: SupportsIndex | None = None,
+) -> Array:
+    """Write ``scale`` or ``-scale`` where a coordinate is active, after its sign, and 0 where it is not.
+
+    Equivalent to: ``np.where(active, np.where(sign, scale, -scale), 0)`` for the unpacked planes.
+
+    Args:
+        planes: ``(2, num_words(numel))`` words, with any distance between the planes.
+        numel, dtype, scale, out: As in :func:`unpack_signs`.
+        implementation: One of :func:`implementations`.
+        num_threads: As in :func:`pack_signs`.
+
+    Returns:
+        ``out``, or a new 1-D array of ``numel`` coordinates.
+
+    Raises:
+        TypeError, ValueError: As :func:`unpack_signs`; ValueError also if ``planes`` has another shape.
+        NotImplementedError: ``planes`` is on a CUDA device.
+    """
+    op = "unpack_ternary"
+    device = device_of(op, "planes", planes)
+    source = input_words(op, "planes", planes, device)
+    numel = _to_numel(op, numel)
+    if tuple(planes.shape) != (2, num_words(numel)):
+        shape, expected = tuple(planes.shape), (2, num_words(numel))
+        raise ValueError(f"{op}: planes has shape {shape}, expected {expected} for numel {numel}")
+    result, target, name = _coordinates_out(op, planes, numel, dtype, out, device)
+    positive = scale_bits(op, scale, name)
+    _call(_core.unpack_ternary, device, (source, numel, name, positive, target), implementation, num_threads)
     return result
 
 
@@ -321,6 +424,37 @@ def has_nonfinite(x: AnyArray, *, implementation: str | None = None, num_threads
     counts = torch.empty(2, dtype=torch.int64, device=device)
     _call(_core.has_nonfinite, device, (source, dtype), implementation, num_threads, counts)
     return bool(counts[1].item())
+
+
+def _input_stack(op: str, stack: Any) -> tuple[Any, Any, torch.device]:
+    """The memory of the rows of a vote, an array like which the result is, and where the vote is."""
+    if not isinstance(stack, (list, tuple)):
+        device = device_of(op, "stack", stack)
+        return input_words(op, "stack", stack, device), stack, device
+    if not stack:
+        raise ValueError(f"{op}: stack has 0 rows, expected 1 to 65535")
+    device = device_of(op, "stack[0]", stack[0])
+    for i, row in enumerate(stack):
+        check_same_kind(op, f"stack[{i}]", row, stack[0])
+    return [input_words(op, f"stack[{i}]", row, device) for i, row in enumerate(stack)], stack[0], device
+
+
+def _width_of(words: AnyArray) -> int:
+    return words.shape[-1] if words.ndim else 0
+
+
+def _coordinates_out(
+    op: str, words: AnyArray, numel: int, dtype: Any, out: Any, device: torch.device
+) -> tuple[Any, Any, str]:
+    """``out`` or new coordinates of the kind of ``words``, their memory, and the name of their dtype."""
+    result = out
+    if out is None:
+        result = _empty_coordinates(op, words, numel, dtype)
+    else:
+        check_same_kind(op, "out", out, words)
+        if dtype is not None and _to_dtype(op, words, dtype) != out.dtype:
+            raise TypeError(f"{op}: out is {out.dtype}, expected {dtype}")
+    return result, *written_coordinates(op, "out", result, device)
 
 
 def _to_numel(op: str, numel: SupportsIndex) -> int:

@@ -57,7 +57,11 @@ constexpr Kernels kKernels = {"cuda",
                               nullptr,
                               nullptr,
                               nullptr,
-                              FOR_EACH_DTYPE(unpack_signs)};
+                              nullptr,
+                              FOR_EACH_DTYPE(unpack_signs),
+                              {nullptr, nullptr, nullptr, nullptr},
+                              nullptr,
+                              {nullptr, nullptr, nullptr, nullptr}};
 
 }  // namespace
 
