@@ -107,13 +107,14 @@ def result(name: str, title: str, introduction: str, plan: Plan) -> common.Resul
     tuning, contenders = measure(plan)
     rates = len(plan.learning_rates["signum"])
     conditions = (
-        f"Every optimizer had {rates * len(DECAYS)} settings ({rates} learning rates, {len(DECAYS)} weight decays), each "
-        f"trained for {plan.tuning_steps} steps and judged on held-out data that is not the test's; the best was trained "
-        f"for {plan.steps} steps with seeds {', '.join(map(str, plan.seeds))}: mean ± standard deviation. All have "
-        f"momentum {MOMENTUM:g} (AdamW's second one is {BETA2:g}), a tenth of the steps of warm-up and a linear schedule "
-        f"to 0. A decay of {DECAYS[1]:g} takes that part of each weight in a step at the top of the schedule. The four "
-        "workers are simulated in one process, each with batches and a momentum of its own; the vote is made by the "
-        "hook's kernels, with its coins, so these are the bits that four gloo ranks would exchange."
+        f"Every optimizer had {rates * len(DECAYS)} settings ({rates} learning rates, {len(DECAYS)} weight decays), "
+        f"each trained for {plan.tuning_steps} steps and judged on held-out data that is not the test's; the best was "
+        f"trained for {plan.steps} steps with seeds {', '.join(map(str, plan.seeds))}: mean ± standard deviation. All "
+        f"have momentum {MOMENTUM:g} (AdamW's second one is {BETA2:g}), a tenth of the steps of warm-up and a linear "
+        f"schedule to 0. A decay of {DECAYS[1]:g} takes that part of each weight in a step at the top of the schedule. "
+        f"The {WORKERS[1]} workers are simulated in one process, each with batches and a momentum of its own; the vote "
+        f"is made by the hook's kernels, with its coins, so these are the bits that {WORKERS[1]} gloo ranks would "
+        "exchange."
     )
     ends = common.table(
         ["workers, optimizer", "learning rate", "decay", "training loss", "test loss", "test errors, %"],
@@ -136,8 +137,8 @@ def result(name: str, title: str, introduction: str, plan: Plan) -> common.Resul
         [[label, common.extent(losses), common.extent(errors, 2)] for label, losses, errors in pairs],
     )
     reading = (
-        f"Equal seeds mean equal models and batches. Of {len(plan.seeds)} differences, all have the same sign by chance "
-        f"alone with probability {chance:.2g}."
+        "Equal seeds mean equal models and, for as many workers, equal batches. Below, fewer and more mean in every "
+        f"seed: with {len(plan.seeds)} of them, that happens by chance alone with probability {chance:.2g}."
     )
     parts = [introduction, conditions, ends, *edges(plan, contenders), differences, reading, verdict(pairs)]
     return common.Result(name, title, "\n\n".join(parts), figure(contenders), data(plan, tuning, contenders))
@@ -179,14 +180,14 @@ def verdict(pairs: Sequence[Pair]) -> str:
     adam, sgd, voted_adam, voted_sgd = (direction(errors) for _, _, errors in pairs[:4])
     return (
         "The paper's Signum makes as many test errors as Adam, and some 2 % more than SGD with a tuned weight decay. "
-        f"Here it makes {adam} AdamW and {sgd} SGD; voted with {WORKERS[1]} workers, {voted_adam} AdamW and {voted_sgd} "
-        f"SGD. That {agrees(adam, EQUAL)} the paper on Adam and {agrees(sgd, MORE)} it on SGD for one worker; for "
-        f"{WORKERS[1]} it {agrees(voted_adam, EQUAL)} it on Adam and {agrees(voted_sgd, MORE)} it on SGD. Of a network "
-        "this small, trained this briefly, none of it says much of others."
+        f"Here it makes {adam} AdamW and {sgd} SGD; voted with {WORKERS[1]} workers, {voted_adam} AdamW and "
+        f"{voted_sgd} SGD. On one worker that {agrees(adam, EQUAL)} the paper on Adam, and {agrees(sgd, MORE)} it on "
+        f"SGD; on {WORKERS[1]} it {agrees(voted_adam, EQUAL)} it on Adam, and {agrees(voted_sgd, MORE)} it on SGD. A "
+        "network so small, trained so briefly, says little of others."
     )
 
 
-EQUAL, FEWER, MORE = "now fewer, now more errors than", "fewer errors than", "more errors than"
+EQUAL, FEWER, MORE = "about as many errors as", "fewer errors than", "more errors than"
 
 
 def direction(differences: Sequence[float]) -> str:

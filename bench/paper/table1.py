@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import common
@@ -95,7 +95,7 @@ def measure(workers: Sequence[int], sizes: Sequence[int]) -> list[Count]:
         TimeoutError: They took too long.
     """
     with tempfile.TemporaryDirectory(prefix="table1-") as folder:
-        ranks = torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
+        ranks = start_processes(  # type: ignore[no-untyped-call]
             work, (folder, workers, sizes), nprocs=max(workers), join=False, start_method="spawn"
         )
         deadline = time.monotonic() + TIMEOUT

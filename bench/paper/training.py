@@ -92,7 +92,7 @@ def train(training: Training) -> Curve:
         losses.append(total / training.workers)
         gradients[: training.flipped].neg_()  # with them the momentum, and the signs that are sent
         combined = gradients.mean(dim=0) if vote is None else vote.vote(gradients) * answers
-        for parameter, gradient in zip(parameters, combined.split(numels), strict=True):
+        for parameter, gradient in zip(parameters, torch.split(combined, numels), strict=True):
             parameter.grad = gradient.view_as(parameter)
         optimizer.step()
         scheduler.step()
@@ -154,7 +154,7 @@ class Language:
 
     def measure(self, model: nn.Module, split: str) -> tuple[float, float]:
         losses, wrong = [], []
-        for part in self.held_out[split].split(64):
+        for part in torch.split(self.held_out[split], 64):
             logits, target = model(part[:, :-1]).flatten(0, 1), part[:, 1:].flatten()
             losses.append(functional.cross_entropy(logits, target).item())
             wrong.append((logits.argmax(dim=1) != target).double().mean().item())
