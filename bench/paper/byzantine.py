@@ -85,6 +85,7 @@ def run(quick: bool) -> common.Result:
                 for flipped in FLIPPED
             ],
         ),
+        *edges(best, rates),
         verdict(start, ends, sharded_ends, alone_ends),
         "What is assumed: all workers draw from the same data and have batches of the same size; the flipped ones "
         "compute an honest gradient and negate it, without knowing of each other, and lie about nothing else. The vote "
@@ -110,6 +111,12 @@ def run(quick: bool) -> common.Result:
 def best_rate(tuned: Found, flipped: int) -> float:
     own = {training.lr: curve.loss for training, curve in tuned.items() if training.flipped == flipped}
     return min(own, key=lambda lr: own[lr] if own[lr] == own[lr] else float("inf"))
+
+
+def edges(best: dict[int, float], rates: Sequence[float]) -> list[str]:
+    """Where a better learning rate may lie beyond the grid."""
+    found = [str(flipped) for flipped, lr in best.items() if lr in (rates[0], rates[-1])]
+    return [f"The best is at an end of the grid with {', '.join(found)} flipped."] if found else []
 
 
 def losses(found: Found, trainings: Sequence[Training]) -> list[float]:

@@ -243,7 +243,7 @@ def entropy(nonzero: float) -> float:
 
 def figure(counts: Sequence[Count], numel: int, workers: Sequence[int]) -> Figure:
     """Bits by coordinate, of all workers, over M: dots measured, lines by the formula, at M - 1 workers' bits."""
-    found = common.new_figure(7.0, 4.2)
+    found = common.new_figure(8.0, 4.0)
     axes = found.subplots()
     for method, (_, formula) in FORMULAS.items():
         lines = axes.plot(workers, [(size - 1) * formula(size) for size in workers], linewidth=1.0)
@@ -255,7 +255,8 @@ def figure(counts: Sequence[Count], numel: int, workers: Sequence[int]) -> Figur
     axes.set_xticks(workers, [str(size) for size in workers])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3, which="both")
-    axes.legend(title="dots: measured; lines: formula, with M - 1", fontsize="small")
+    title = "dots: measured\nlines: formula, with M - 1"
+    axes.legend(title=title, title_fontsize="small", fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return found
 
 
