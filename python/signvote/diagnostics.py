@@ -313,6 +313,9 @@ class GradientStatistics:
 
         Set the gradients to None or 0 before each ``backward()``: they add up otherwise.
 
+        Under :func:`~signvote.ddp.majority_vote_hook` ``.grad`` holds the vote. For the gradient of this worker, run
+        forward and backward within ``ddp.no_sync()``, or on ``ddp.module``.
+
         Args:
             gradients: One of
 
