@@ -704,7 +704,7 @@ def _draw_shapes(axes: Axes, statistics: GradientStatistics) -> None:
             inside = np.clip(values, -4.0, 4.0)
             axes.hist(
                 inside,
-                bins=np.linspace(-4.0, 4.0, 81),
+                bins=np.linspace(-4.0, 4.0, 81).tolist(),
                 weights=np.full(values.size, 100 / values.size),
                 alpha=0.6,
                 label=label,
