@@ -273,9 +273,9 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
         scale = _learn(vote)
         is_filled = result.nonfinite > 0 and state.options.nonfinite == "propagate"
         if state.switching.needs_progress and not vote.phase.is_dense:
-            dot = None if is_filled else plan.codec.progress(vote.buffer) / state.loss_scale
+            dot = None if is_filled else plan.codec.progress(vote.buffer)
             stepped = plan.layout.voted_numel - (result.undecided if plan.result.num_planes == 2 else 0)
-            state.switching.add(dot, stepped)
+            state.switching.add(dot, stepped, state.loss_scale)
         if is_filled:
             plan.codec.fill(vote.buffer, torch.nan)
         else:
