@@ -61,9 +61,10 @@ def vote_tag(step: int, bucket_index: int, numel: int) -> int:
 def weights_of(received: npt.NDArray[np.int32], first_rank: int = 0) -> npt.NDArray[np.int64]:
     """The weight of each rank, from its row or trailer."""
     weights: npt.NDArray[np.int64] = _columns(received)[2]
-    for rank, weight in enumerate(weights.tolist(), first_rank):
-        if not 1 <= weight <= MAX_WEIGHT:
-            raise ValueError(f"weight: expected 1 to {MAX_WEIGHT}, got {weight} from rank {rank}: is it out of step?")
+    wrong = np.flatnonzero((weights < 1) | (weights > MAX_WEIGHT))
+    if wrong.size:
+        rank, weight = first_rank + int(wrong[0]), int(weights[wrong[0]])
+        raise ValueError(f"weight: expected 1 to {MAX_WEIGHT}, got {weight} from rank {rank}: is it out of step?")
     return weights
 
 
