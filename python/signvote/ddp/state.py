@@ -33,16 +33,16 @@ class MajorityVoteState:
 
     Memory per coordinate: 4 bytes of momentum (8 for float64, none with ``momentum=0.0``) and, for messages between M
     ranks, 3 bits if ``"sharded"``, M + 2 bits if ``"allgather"``, and if ``"server"`` 2 bits, on rank 0 two more
-    and as many as M has in base 2. With abstention it is twice as much and, with momentum or noise, two bits more; where
-    the mean is taken, 32 times as much (for float32). Weights, and ``ties="zero"`` without abstention, count votes one
-    after another, in as many bits more as their sum has in base 2. From the second step on nothing of that size is
-    allocated, apart from what gloo itself needs for a collective, and a copy of each bucket in turn with noise or a
-    relative threshold.
+    and as many as M has in base 2. With abstention it is twice as much and, with momentum or noise, two bits more;
+    where the mean is taken, 32 times as much (for float32). Weights, and ``ties="zero"`` without abstention, count
+    votes one after another, in as many bits more as their sum has in base 2. From the second step on nothing of that
+    size is allocated, apart from what gloo itself needs for a collective, and a copy of each bucket in turn with noise
+    or a relative threshold.
 
     If the gradients are on a CUDA device, so are the momentum and 2.4 more bits: what is packed, what was voted and
-    tables of where they lie, of which the hook does not need those for votes on the device (0.1 bits). The messages that
-    this rank packs and unpacks are then in pinned host memory, whose blocks torch rounds up to powers of two; what it
-    receives from others is not pinned. All gradients of a state are on one device. (No GPU has run it yet.)
+    tables of where they lie, of which the hook does not need those for votes on the device (0.1 bits). The messages
+    that this rank packs and unpacks are then in pinned host memory, whose blocks torch rounds up to powers of two; what
+    it receives from others is not pinned. All gradients of a state are on one device. (No GPU has run it yet.)
 
     Args:
         process_group: The ranks that vote. Default: all. A gloo group of its own is made over the same ranks, so the
