@@ -20,6 +20,7 @@ from signvote.ddp.layout import BucketLayout, MessageLayout
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 ROWS = (2, 3, 4, 5, 7, 8, 15, 16, 31, 32, 63, 64, 256)
+TERNARY_ROWS = (2, 3, 4, 8, 16, 64)
 SHARDS = 8  # workers of the codec of a sharded vote
 SEED = 7
 SCALE = 0.5
@@ -348,6 +349,8 @@ def _unpack_ternary(case: Case, data: Data, options: Options) -> tuple[list[Cont
     field.ops(lambda **how: ops.unpack_ternary(argument, case.numel, scale=SCALE, out=target, **how), check)
     field.limit("write", lambda threads: limits.write(out, 1, threads))
     tensor, tensor_out = field.place.tensors([words], [out])
+    if case.dtype != "bfloat16":
+        field.numpy(lambda: peers.numpy_unpack_ternary(words, SCALE, out), check)
     field.peer("torch", lambda: peers.torch_unpack_ternary(tensor, SCALE, tensor_out), check)
     return field.done(out.nbytes)
 
@@ -372,13 +375,18 @@ def _majority_vote_ternary(case: Case, data: Data, options: Options) -> tuple[li
         lambda **how: ops.majority_vote_ternary(argument, quorum=QUORUM, numel=case.numel, out=voted, **how), check
     )
     if field.is_on_cpu:
-        signs, actives = (list(rows[:, plane]) for plane in (0, 1))
+        rows_of_planes = [list(rows[:, plane]) for plane in range(2)]
 
-        def limit(threads: int) -> None:
-            limits.read_rows_then_write(signs, out[0], threads)
-            limits.read_rows_then_write(actives, out[1], threads)
+        def each_plane(limit: Callable[..., object]) -> Callable[[int], object]:
+            def call(threads: int) -> None:
+                for plane, rows_of_plane in enumerate(rows_of_planes):
+                    limit(rows_of_plane, out[plane], threads)
 
-        field.limit("read_rows_then_write", limit)
+            return call
+
+        field.limit("xor_rows", each_plane(limits.xor_rows))
+        field.limit("read_rows_then_write", each_plane(limits.read_rows_then_write))
+        field.numpy(lambda: peers.numpy_vote_ternary(rows, QUORUM, out), check)
     else:
         field.limit("read_rows_then_write", lambda threads: limits.read_rows_then_write(rows, out, threads))
     if case.numel * case.rows <= MOST_PEER_BITS and options.with_peers:
