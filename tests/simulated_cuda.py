@@ -340,7 +340,9 @@ def call(func: Any, args: Any, kwargs: Any) -> Any:
 
     def without_data(x: Any) -> Any:
         if isinstance(x, Tensor):
-            ours.append((torch.empty_strided(raw(x).shape, raw(x).stride(), dtype=raw(x).dtype, device="meta"), x))
+            like = raw(x)
+            memory = torch.empty(like.untyped_storage().nbytes() // like.itemsize, dtype=like.dtype, device="meta")
+            ours.append((memory.as_strided(like.shape, like.stride(), like.storage_offset()), x))
             return ours[-1][0]
         assert not isinstance(x, torch.Tensor) or x.dim() == 0, f"{func} on tensors of the device and of the host"
         return x
@@ -350,7 +352,9 @@ def call(func: Any, args: Any, kwargs: Any) -> Any:
     shape_kwargs.pop("generator", None)
     try:
         shapes, structure = tree_flatten(func(*shape_args, **shape_kwargs))
-    except (NotImplementedError, RuntimeError):  # without data there is no result
+    except RuntimeError as error:
+        if not isinstance(error, NotImplementedError) and "cannot be called on meta tensors" not in str(error):
+            raise
         wait_for_current_stream()
         return tree_map_only(torch.Tensor, torch.Tensor.clone, func(*raw_args, **raw_kwargs))
 
@@ -367,11 +371,12 @@ def call(func: Any, args: Any, kwargs: Any) -> Any:
         return written[0] if written else new_memory(shape)
 
     results = [result_of(shape) for shape in shapes]
+    raw_results = [raw(x) if isinstance(x, Tensor) else x for x in results]  # a kernel keeps no memory from being freed
 
     def kernel() -> None:
-        for result, found in zip(results, tree_leaves(func(*raw_args, **raw_kwargs)), strict=True):
-            if isinstance(result, Tensor):
-                raw(result).copy_(found)
+        for result, found in zip(raw_results, tree_leaves(func(*raw_args, **raw_kwargs)), strict=True):
+            if isinstance(result, torch.Tensor):
+                result.copy_(found)
 
     if not func.__name__.startswith("new_empty") and not func.__name__.startswith("empty"):
         DEVICE.current().queue(kernel, *results, *(x for _, x in ours))

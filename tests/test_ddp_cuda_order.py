@@ -46,7 +46,7 @@ def fading(step: int) -> float:
 
 
 # Those of the state; weights of the ranks; from which step on, the first of which is 1, the mean is taken, and whether
-# a rule finds that out.
+# a rule says so, if any step is.
 OPTIONS: dict[str, dict[str, Any]] = {
     "constant_bits": {"momentum": 0.0, "zeros": "positive", "ties": "negative"},
     "abstain": {"abstain": True, "quorum": 2},
@@ -63,6 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weights": {"weights": [1, 3], "abstain": True},
     "switch": {"switch": 5},
     "switch_by_a_rule": {"switch": 4, "has_rule": True},
+    "rule": {"has_rule": True, "abstain": True},
     "everything": {
         "abstain": "rms:0.2",
         "quorum": 0.4,
@@ -78,7 +79,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 # These need memory of the device while they pack, from the caching allocator.
-TEMPORARIES = {"abstain_lion", "relative_threshold", "noise", "noise_and_threshold", "mean_abs", "everything"}
+TEMPORARIES = {"abstain_lion", "relative_threshold", "noise", "noise_and_threshold", "mean_abs", "rule", "everything"}
+# In one of these, a line shows that only options need.
+REVEALING = ["mean_abs", "switch_by_a_rule", "rule"]
 
 # What orders work on the device, keeps its memory or makes it current: (where it is found, its name).
 ORDERING = [
@@ -204,7 +207,9 @@ def train(**options: Any) -> Outcome:
             kept.clear()
     allocations, waits = DEVICE.allocations - allocations, DEVICE.waits + DEVICE.pinned - waits
     nonfinite = state.stats().nonfinite
-    finish(state, parameters, elsewhere)
+    states = [state]
+    del state
+    finish(states, parameters, elsewhere)
     return Outcome(votes, nonfinite, allocations, waits)
 
 
@@ -241,7 +246,8 @@ def new_state(
     if weights is not None:
         state.weight = weights[dist.get_rank()]
     if has_rule:
-        state.switch_to_dense(rule=CalibratedSwitch(beta=0.5, tolerance=1e9), lr=0.1)  # of two votes
+        rule = CalibratedSwitch(beta=0.999 if switch is None else 0.5, tolerance=1e9)  # of 1000 votes, or of two
+        state.switch_to_dense(rule=rule, lr=0.1)
     elif switch is not None:
         state.switch_to_dense(switch)
     return state
@@ -252,8 +258,12 @@ def read(memory: torch.Tensor, names: list[str], votes: dict[str, torch.Tensor])
         votes[name] = piece
 
 
-def finish(state: MajorityVoteState, parameters: dict[str, nn.Parameter], elsewhere: Stream) -> None:
-    """A last vote that nobody waits for, as when an earlier bucket has raised, and whose memory is freed."""
+def finish(states: list[MajorityVoteState], parameters: dict[str, nn.Parameter], elsewhere: Stream) -> None:
+    """A last vote that nobody waits for, as when an earlier bucket has raised, and whose memory is freed.
+
+    ``states`` has the last reference to the state.
+    """
+    state = states.pop()
     with stream_context(elsewhere):
         buffer = allocate(torch.zeros(NUMELS["b"]))
     with stream_context(Stream()):
@@ -262,8 +272,10 @@ def finish(state: MajorityVoteState, parameters: dict[str, nn.Parameter], elsewh
     while not future.is_done.is_set() and time.monotonic() < deadline:
         time.sleep(0.001)
     assert future.is_done.is_set()
-    del buffer, future, state
+    state.channel()._worker.shutdown()  # until then what it did last keeps the memory
+    del future, state
     gc.collect()
+    del buffer  # only now: what is freed has its streams do what was begun
     DEVICE.finish()
 
 
@@ -400,6 +412,22 @@ def test_every_line_that_orders_is_needed(ranks: RankPool) -> None:
         problem = what_goes_wrong(ranks.outcomes(train_on_the_simulated_device, place, True, world=2))
         assert problem is not None
         assert problem[0] == TIMES
+
+
+def test_every_line_that_orders_options_is_needed(ranks: RankPool) -> None:
+    (_, always), _ = ranks.run(train_on_the_simulated_device, world=2)
+    problems: dict[tuple[str, int, str], set[str]] = {}
+    for options in REVEALING:
+        (_, seen), _ = ranks.run(train_on_the_simulated_device, None, True, OPTIONS[options], world=2)
+        for source, line, name in sorted(seen - always):
+            arguments = (source, line), False, OPTIONS[options]
+            problem = what_goes_wrong(ranks.outcomes(train_on_the_simulated_device, *arguments, world=2), options)
+            print(f"{source}:{line} without {name}, {options}: {problem}")
+            problems.setdefault((source, line, name), set()).update(problem[:1] if problem else ())
+    assert len(problems) >= 5
+    for place, found in problems.items():
+        assert found, place
+        assert found <= expected_without(*place), place
 
 
 def fail_with_work_on_the_device(waits_also_after_a_failure: bool) -> None:
