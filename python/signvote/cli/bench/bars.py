@@ -80,16 +80,18 @@ def _against_limits(ops: Sequence[Result], results: Sequence[Result]) -> Iterato
     for op in ops:
         if op.megabytes < 26 or op.limit is None:
             continue
-        if op.op == "pack_signs" and op.zeros == "none":
-            group, least = "pack_signs against a plain read", 0.9 if op.dtype in half else 0.95
+        if op.op in ("pack_signs", "pack_ternary") and op.zeros == "none":
+            group, least = f"{op.op} against a plain read", 0.9 if op.dtype in half else 0.95
         elif op.op == "pack_signs":
             group, least = "pack_signs, a third of the coordinates zero, against a plain read", 0.8
-        elif op.op == "unpack_signs":
-            group, least = "unpack_signs against a plain write", 0.95
+        elif op.op in ("unpack_signs", "unpack_ternary"):
+            group, least = f"{op.op} against a plain write", 0.95
         elif op.op == "pack_momentum" and op.dtype == "float32":
             group, least = "pack_momentum against a plain loop that reads two and writes one", 0.9
         elif op.op == "majority_vote":
             group, least = "majority_vote, ties by coin, against the faster plain loop over the same buffers", 0.9
+        elif op.op == "majority_vote_ternary":
+            group, least = "majority_vote_ternary against the faster plain loop over the same buffers", 0.9
         else:
             continue
         # What the other plain loop reaches shows how much of a miss is in the order of access, or in what it must read.
