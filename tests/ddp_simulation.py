@@ -119,7 +119,7 @@ class Simulation:
             of_torch = torch.float64 if dtype is np.float64 else torch.float32
             noise = torch.randn(value.size, dtype=of_torch, generator=generator).numpy()
             value = value + noise * dtype(sigma * rms)
-        if is_relative:
+        if threshold is not None and is_relative:
             value = np.where(np.abs(value) <= dtype(threshold.value * rms), dtype(0), value)
         return value
 

@@ -320,19 +320,19 @@ def _agreement_bytes(outcomes: list[Any], topology: str) -> int:
             "numel of bucket 0": 390,
             "parameters of bucket 0": 3,
             "dtype of bucket 0": "torch.float32",
-            "parameters of bucket 0 of which the mean is taken": [],
+            "excluded parameters of bucket 0": [],
         }
         total += 2 * (8 + len(json.dumps(description).encode()))
     return total
 
 
 def message_bytes(topology: str, numels: list[int], world: int, rank: int) -> tuple[int, int]:
-    """Payload sent and received per bucket and step: words padded to 64 coordinates, and 24 bytes of trailer a row."""
+    """Payload sent and received per bucket and step: words padded to 64 coordinates, and 16 bytes of trailer a row."""
     blocks = sum(-(-numel // 64) for numel in numels)
     if topology == "sharded":
-        row = 8 * -(-blocks // world) + 24
+        row = 8 * -(-blocks // world) + 16
         return 2 * (world - 1) * row, 2 * (world - 1) * row
-    row = 8 * blocks + 24
+    row = 8 * blocks + 16
     if topology in ("allgather", "auto") or rank == 0:
         return (world - 1) * row, (world - 1) * row
     return row, row

@@ -1,4 +1,14 @@
-"""Majority vote as a communication hook of DistributedDataParallel."""
+"""Majority vote as a communication hook of DistributedDataParallel.
+
+Each line uses those above it:
+
+- ``options``, ``stats``, ``layout`` (where each coordinate travels), ``trailer``, ``numbers`` (what travels with it);
+- ``channel`` (a group and a thread of our own), ``topology`` (who sends what to whom), ``voter`` (what becomes of it);
+- ``ballot`` (what a rank votes), ``codec`` (from a bucket to a message and back, on the CPU or a CUDA device);
+- ``momentum``, ``checkpoint``, ``agreement`` and ``agreement_rates``, ``exclude``, ``hybrid`` and ``switching``,
+  ``advice``: one concern of a state each;
+- ``plan`` (all that the votes of one bucket have in common), ``state``, ``hook``.
+"""
 
 from signvote.ddp.advice import AdviceWarning
 from signvote.ddp.agreement import WIRE_VERSION

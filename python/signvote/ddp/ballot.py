@@ -105,7 +105,7 @@ def _disturb(x: torch.Tensor, ballot: Ballot, place: int) -> None:
     rms = root_mean_square(torch.nan_to_num(x, 0.0, 0.0, 0.0))
     if ballot.dither:
         generator = torch.Generator(x.device).manual_seed(ballot.dither_seed(place))
-        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        noise = torch.empty_like(x).normal_(generator=generator)
         x.add_(noise.mul_((ballot.dither * rms).to(x.dtype)))
     if ballot.threshold is not None and ballot.threshold.is_relative:
         x.masked_fill_(x.abs() <= (ballot.threshold.value * rms).to(x.dtype), 0.0)
@@ -118,8 +118,6 @@ def root_mean_square(x: torch.Tensor) -> torch.Tensor:
 
 def magnitudes(bucket: torch.Tensor, parts: list[Part], ballot: Ballot) -> torch.Tensor:
     """The mean absolute value of each part, float32."""
-    if not parts:
-        return bucket.new_empty(0, dtype=torch.float32)
     values = torch.nan_to_num(bucket, 0.0, 0.0, 0.0) if ballot.is_finite_only else bucket
     sums = [torch.linalg.vector_norm(part.of(values), 1, dtype=torch.float64) / part.numel for part in parts]
     return torch.stack(sums).float()

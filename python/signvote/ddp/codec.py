@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -81,8 +81,11 @@ class Codec(BallotOps):
         """Begin to unpack: ±``scale``, or what it says for each of the voted parameters, and the means."""
 
     @abstractmethod
-    def progress(self, bucket: torch.Tensor) -> torch.Tensor:
-        """Σ s·g over the voted coordinates, for the vote s and the rank's own gradient g: before :meth:`unpack`."""
+    def progress(self, bucket: torch.Tensor) -> Callable[[], float]:
+        """Begin Σ s·g over the voted coordinates, for the vote s and the rank's own gradient g: before :meth:`unpack`.
+
+        What is returned waits for it, and is to be called before the next vote of the bucket is unpacked.
+        """
 
     @abstractmethod
     def fill(self, bucket: torch.Tensor, value: float) -> None:
@@ -142,9 +145,13 @@ class Codec(BallotOps):
         active = self._exchange.sent[:, self._sent_layout.stride : 2 * self._sent_layout.stride]
         return self._sent_layout.bucket.voted_numel - popcount(active)
 
-    def _dense_nonfinite(self, dtype: torch.dtype) -> int:
-        dense = self._sent_layout.dense_of(self._exchange.sent, dtype)
-        return int(torch.isfinite(dense).logical_not().sum()) if dense.numel() else 0
+    def _nonfinite_of(self, counted: int, dtype: torch.dtype) -> int:
+        """Voted coordinates as the ops counted them, and dense ones; in a dense step all are dense."""
+        layout = self._sent_layout
+        found = counted if layout.bucket.voted else 0
+        if layout.bucket.dense:
+            found += int(torch.isfinite(layout.dense_of(self._exchange.sent, dtype)).logical_not().sum())
+        return found
 
     def _mask(self, words: torch.Tensor, mask: torch.Tensor) -> None:
         """Take the votes out of ``words`` for which ``mask`` has none."""
@@ -222,9 +229,10 @@ class CpuCodec(Codec):
         self._zeros_counted = self._nonfinite = 0
         self._write(bucket, momentum, ballot, self._exchange.sent)
         found = self._magnitudes(bucket, ballot)
-        nonfinite = self._nonfinite + self._dense_nonfinite(bucket.dtype)
         self._packed = Packed(
-            self._zeros(self._zeros_counted), nonfinite, _NO_NUMBERS if found is None else found.numpy()
+            zeros=self._zeros(self._zeros_counted),
+            nonfinite=self._nonfinite_of(self._nonfinite, bucket.dtype),
+            magnitudes=_NO_NUMBERS if found is None else found.numpy(),
         )
         self._counters.pack_seconds += time.perf_counter() - start
 
@@ -282,9 +290,10 @@ class CpuCodec(Codec):
         self._read(bucket, scale, self._exchange.result)
         self._counters.unpack_seconds += time.perf_counter() - start
 
-    def progress(self, bucket: torch.Tensor) -> torch.Tensor:
+    def progress(self, bucket: torch.Tensor) -> Callable[[], float]:
         self._num_threads = self.num_threads_of_worker
-        return self._progress(bucket, self._exchange.result)
+        progress = float(self._progress(bucket, self._exchange.result))
+        return lambda: progress
 
     def _unpack_signs(self, words: torch.Tensor, target: torch.Tensor, scale: float) -> None:
         layout = self._result_layout
@@ -301,6 +310,10 @@ class CpuCodec(Codec):
 
     def hand_over(self) -> None:
         pass
+
+
+# What :class:`CudaCodec` counts while momentum is kept up, while votes are packed, and in search of zeros.
+_KEPT, _VOTED, _SEEN = range(3)
 
 
 class CudaCodec(Codec):
@@ -340,10 +353,11 @@ class CudaCodec(Codec):
             self._kept_runs = self._sent_runs if kept is sent else table(kept)
             self._sent = bucket.new_zeros(exchange.sent.shape, dtype=torch.int32)
             self._scratch: torch.Tensor | None = None
-            # What is counted while momentum is kept up, and while votes are packed.
-            self._counts = bucket.new_zeros((2, 2), dtype=torch.int64)
-            self._counts_here = torch.zeros(2, 2, dtype=torch.int64, device="cpu").pin_memory()
+            self._counts = bucket.new_zeros((3, 2), dtype=torch.int64)
+            self._counts_here = torch.zeros(3, 2, dtype=torch.int64, device="cpu").pin_memory()
+            self._counted: set[int] = set()  # rows of it, in the last message
             self._magnitudes_here: torch.Tensor | None = None
+            self._progress_here = torch.zeros((), dtype=torch.float64, device="cpu").pin_memory()
             with torch.cuda.stream(streams.returning):  # the caching allocator keeps its memory for that stream
                 self._result = bucket.new_empty(exchange.result.shape, dtype=torch.int32)
             self._pack_began, self._pack_ended, self._sent_ready, self._unpack_began, self._unpack_ended = (
@@ -360,10 +374,11 @@ class CudaCodec(Codec):
         with self._phase("packing"), self.on_device():
             stream, leaving = torch.cuda.current_stream(), self._streams.leaving
             self._pack_began.record(stream)
+            self._counted.clear()
             self._write(bucket, momentum, ballot, self._sent)
             found = self._magnitudes(bucket, ballot)
             if found is not None and self._magnitudes_here is None:
-                self._magnitudes_here = torch.zeros(found.shape, device="cpu").pin_memory()
+                self._magnitudes_here = torch.zeros(found.shape, dtype=torch.float32, device="cpu").pin_memory()
             self._pack_ended.record(stream)
             leaving.wait_event(self._pack_ended)
             leaving.wait_event(self._unpack_ended)  # of the last message: the device has read exchange.result
@@ -382,7 +397,7 @@ class CudaCodec(Codec):
             coefficients,
             self._kept_runs,
             self._scratch_words(self._kept_layout).view(-1),
-            self._counts[0],
+            self._count(_KEPT),
             zeros="negative",
             seed=0,
         )
@@ -394,17 +409,17 @@ class CudaCodec(Codec):
             ballot.coefficients,
             self._sent_runs,
             self._sent.view(-1),
-            self._counts[1],
+            self._count(_VOTED),
             zeros=ballot.zeros,
             seed=ballot.seed,
         )
 
     def vote_or_abstain(self, x: torch.Tensor, threshold: float) -> None:
-        self._pack_ternary(x, threshold, self._sent, self._counts[1])
+        self._pack_ternary(x, threshold, self._sent, self._count(_VOTED))
 
     def abstain_at_zeros_of(self, bucket: torch.Tensor) -> None:
         scratch = self._scratch_words(self._sent_layout)
-        self._pack_ternary(bucket, 0.0, scratch, self._counts[0])
+        self._pack_ternary(bucket, 0.0, scratch, self._count(_SEEN))
         self._mask(self._sent, scratch)
 
     def _pack_ternary(self, x: torch.Tensor, threshold: float, words: torch.Tensor, counts: torch.Tensor) -> None:
@@ -412,10 +427,13 @@ class CudaCodec(Codec):
             x, self._sent_runs, words.view(-1), counts, stride=self._sent_layout.stride, threshold=threshold
         )
 
+    def _count(self, row: int) -> torch.Tensor:
+        self._counted.add(row)
+        return self._counts[row]
+
     def _scratch_words(self, layout: MessageLayout) -> torch.Tensor:
         if self._scratch is None:
-            shape = layout.bucket.num_shards, layout.row_words
-            self._scratch = torch.zeros(shape, dtype=torch.int32, device=self._device)
+            self._scratch = self._sent.new_zeros((layout.bucket.num_shards, layout.row_words))
         return self._scratch
 
     def packed(self) -> Packed:
@@ -426,10 +444,10 @@ class CudaCodec(Codec):
                 self._counters.unpack_seconds += 1e-3 * self._unpack_began.elapsed_time(self._unpack_ended)
                 self._is_unpacking = False
         self._is_result_here = False
-        zeros, nonfinite = self._counts_here[1, 0], self._counts_here[:, 1].max()
+        nonfinite = max((int(self._counts_here[row, 1]) for row in self._counted), default=0)
         return Packed(
-            zeros=self._zeros(int(zeros)),
-            nonfinite=int(nonfinite) + self._dense_nonfinite(self._dtype),
+            zeros=self._zeros(int(self._counts_here[_VOTED, 0])),
+            nonfinite=self._nonfinite_of(nonfinite, self._dtype),
             magnitudes=_NO_NUMBERS if self._magnitudes_here is None else self._magnitudes_here.numpy(),
         )
 
@@ -438,10 +456,16 @@ class CudaCodec(Codec):
             self._fetch()
             self._read(bucket, scale, self._result)
 
-    def progress(self, bucket: torch.Tensor) -> torch.Tensor:
+    def progress(self, bucket: torch.Tensor) -> Callable[[], float]:
         with self._unpacking(bucket):
             self._fetch()
-            return self._progress(bucket, self._result)
+            self._progress_here.copy_(self._progress(bucket, self._result), non_blocking=True)
+        return self._wait_for_progress
+
+    def _wait_for_progress(self) -> float:
+        with self._phase("unpacking"), self.on_device():
+            self._unpack_ended.synchronize()
+        return float(self._progress_here)
 
     def _fetch(self) -> None:
         """The result, once."""
@@ -464,7 +488,8 @@ class CudaCodec(Codec):
     def _unpacking(self, bucket: torch.Tensor) -> Iterator[None]:
         returning = self._streams.returning
         with self._phase("unpacking"), torch.cuda.stream(returning):
-            self._unpack_began.record(returning)
+            if not self._is_unpacking:
+                self._unpack_began.record(returning)
             try:
                 yield
             finally:  # whatever was begun before an error

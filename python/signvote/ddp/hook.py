@@ -20,7 +20,7 @@ from signvote.ddp.numbers import Numbers
 from signvote.ddp.options import MEAN_ABS, Phase, Threshold
 from signvote.ddp.plan import BucketPlan
 from signvote.ddp.state import MajorityVoteState
-from signvote.ddp.trailer import Trailer, vote_tag
+from signvote.ddp.trailer import vote_tag
 
 # What random numbers are drawn for.
 _ZEROS, _TIES, _DITHER = range(3)
@@ -176,7 +176,7 @@ def _pack(vote: _Vote) -> None:
 
 
 def _ballot(vote: _Vote) -> Ballot:
-    options, loss_scale = vote.state.options, vote.state.loss_scale()
+    options, loss_scale = vote.state.options, vote.state.loss_scale
     draw = options.seed, vote.step, vote.channel.rank
     threshold = options.threshold
     if threshold is not None and not (threshold.is_relative or options.has_momentum):
@@ -206,12 +206,11 @@ def _finish_message(vote: _Vote) -> None:
     sent = plan.exchange.sent
     if plan.numbers.size:
         plan.sent.numbers_of(sent)[:] = _numbers(vote, packed.magnitudes)
-    Trailer(
+    trailer.Sent(
         nonfinite=packed.nonfinite,
         first_rank=vote.channel.rank + 1 if packed.nonfinite else 0,
-        undecided=0,
-        tag=vote_tag(vote.step, vote.index, plan.layout.numel),
         weight=state.weight,
+        tag=vote_tag(vote.step, vote.index, plan.layout.numel),
     ).write(sent.numpy())
     state.counters.zeros += packed.zeros
 
@@ -222,7 +221,7 @@ def _numbers(vote: _Vote, magnitudes: Numbers) -> Numbers:
     numbers = np.zeros(plan.numbers.size, np.float32)
     progress, loss_scale, sent_magnitudes, agreements = plan.numbers.split(numbers)
     progress[:] = vote.state.switching.own()
-    loss_scale[:] = vote.state.loss_scale()
+    loss_scale[:] = vote.state.loss_scale
     sent_magnitudes[:] = magnitudes
     if agreements.size:
         agreements[:] = vote.state.agreement_rates.own(plan.voted_places)
@@ -274,9 +273,9 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
         scale = _learn(vote)
         is_filled = result.nonfinite > 0 and state.options.nonfinite == "propagate"
         if state.switching.needs_progress and not vote.phase.is_dense:
-            dot = None if is_filled else plan.codec.progress(vote.buffer) / state.loss_scale()
+            dot = None if is_filled else plan.codec.progress(vote.buffer)
             stepped = plan.layout.voted_numel - (result.undecided if plan.result.num_planes == 2 else 0)
-            state.switching.add(dot, stepped)
+            state.switching.add(dot, stepped, state.loss_scale)
         if is_filled:
             plan.codec.fill(vote.buffer, torch.nan)
         else:

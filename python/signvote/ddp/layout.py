@@ -21,7 +21,7 @@ import torch
 PLACE, FIRST, NUMEL, COORDINATE, WORD = range(5)
 
 #: Words at the end of each row, see :mod:`signvote.ddp.trailer`.
-TRAILER_WORDS = 6
+TRAILER_WORDS = 4
 
 _BLOCK = 64  # coordinates that share one draw of coins
 _BLOCK_WORDS = 2
@@ -112,15 +112,18 @@ class BucketLayout:
         return np.array(runs, dtype=np.int64).reshape(-1, 5)
 
     def dense_pieces(self) -> Iterator[DensePiece]:
-        """The dense parameters one after the other, cut where a shard ends."""
-        position = 0
+        """The dense parameters one after the other, cut where a shard ends; those that lie together are one piece."""
+        spans: list[tuple[int, int]] = []
         for part in self.dense:
-            first = 0
-            while first < part.numel:
+            begin = spans.pop()[0] if spans and spans[-1][1] == part.begin else part.begin
+            spans.append((begin, part.end))
+        position = 0
+        for begin, end in spans:
+            while begin < end:
                 shard, offset = divmod(position, self.shard_dense)
-                length = min(part.numel - first, self.shard_dense - offset)
-                yield DensePiece(part.begin + first, shard, offset, length)
-                first += length
+                length = min(end - begin, self.shard_dense - offset)
+                yield DensePiece(begin, shard, offset, length)
+                begin += length
                 position += length
 
 

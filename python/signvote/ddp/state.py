@@ -33,12 +33,16 @@ class MajorityVoteState:
 
     Memory per coordinate: 4 bytes of momentum (8 for float64, none with ``momentum=0.0``) and, for messages between M
     ranks, 3 bits if ``"sharded"``, M + 2 bits if ``"allgather"``, and if ``"server"`` 2 bits, on rank 0 two more
-    and as many as M has in base 2. From the second step on nothing of that size is allocated, apart from what gloo
-    itself needs for a collective. If the gradients are on a CUDA device, so are the momentum and 2.4 more bits: what is
-    packed, what was voted and tables of where they lie, of which the hook does not need those for votes on the device
-    (0.1 bits). The messages that this rank packs and unpacks are then in pinned host memory, whose blocks torch rounds
-    up to powers of two; what it receives from others is not pinned. All gradients of a state are on one device. (No GPU
-    has run it yet.)
+    and as many as M has in base 2. With abstention it is twice as much and, with momentum or noise, two bits more;
+    where the mean is taken, 32 times as much (for float32). Weights, and ``ties="zero"`` without abstention, count
+    votes one after another, in as many bits more as their sum has in base 2. From the second step on nothing of that
+    size is allocated, apart from what gloo itself needs for a collective, and a copy of each bucket in turn with noise
+    or a relative threshold.
+
+    If the gradients are on a CUDA device, so are the momentum and 2.4 more bits: what is packed, what was voted and
+    tables of where they lie, of which the hook does not need those for votes on the device (0.1 bits). The messages
+    that this rank packs and unpacks are then in pinned host memory, whose blocks torch rounds up to powers of two; what
+    it receives from others is not pinned. All gradients of a state are on one device. (No GPU has run it yet.)
 
     Args:
         process_group: The ranks that vote. Default: all. A gloo group of its own is made over the same ranks, so the
@@ -145,6 +149,7 @@ class MajorityVoteState:
         # What is tied to live objects: parameters, buckets, the process group.
         self._places: dict[torch.Tensor, int] = {}
         self._excluded: frozenset[int] = frozenset()
+        self.loss_scale = 1.0  # by which the gradients of this step are multiplied, as far as the hook must know
         self.agreement_rates = AgreementRates()
         self.switching = Switching(None, None, None)
         self._plans: dict[int, BucketPlan] = {}
@@ -281,8 +286,9 @@ class MajorityVoteState:
             f"numel of bucket {index}": plan.layout.numel,
             f"parameters of bucket {index}": len(parameters),
             f"dtype of bucket {index}": str(buffer.dtype),
-            f"parameters of bucket {index} of which the mean is taken": [part.place for part in plan.layout.dense],
         }
+        if not phase.is_dense:
+            description[f"excluded parameters of bucket {index}"] = [part.place for part in plan.layout.dense]
         name = self.vote_name(channel, index)
         channel.submit(lambda: self._agree(channel, name, description))
         return plan
@@ -368,6 +374,7 @@ class MajorityVoteState:
             self.is_aborted = False
             self.step += 1
             self.counters.steps += 1
+            self.loss_scale = self._current_loss_scale()
             self.switching.begin(self.step)
         self._last_bucket = bucket_index
         self.counters.calls += 1
@@ -443,8 +450,8 @@ class MajorityVoteState:
             raise ValueError(f"MajorityVoteState: weight: expected an integer from 1 to {MAX_WEIGHT}, got {weight!r}")
         self._weight = number
 
-    def loss_scale(self) -> float:
-        """By what the gradients of this step are multiplied, as far as the hook must know."""
+    def _current_loss_scale(self) -> float:
+        """On a CUDA device this waits for it."""
         if not self.options.has_loss_scale:
             return 1.0
         if self.grad_scaler is None:

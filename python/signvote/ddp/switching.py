@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from signvote.ddp.hybrid import CalibratedSwitch
 
 _log = logging.getLogger("signvote")
@@ -49,7 +47,9 @@ class Switching:
         self.rule = rule
         self.switched_at = at_step
         self._lr = lr
-        self._dots: list[torch.Tensor] = []
+        # Of the last step and of the one before, bucket by bucket: sᵀg as far as nobody has waited for it.
+        self._voted_dots: list[Callable[[], float]] = []
+        self._sent_dots: list[Callable[[], float]] = []
         self._voted, self._sent, self._learned = _Progress(), _Progress(), _Progress()
 
     @property
@@ -70,17 +70,25 @@ class Switching:
                 self.switched_at = step
                 _log.info("from step %d on the mean, for SGD with a learning rate of %g", step, learning_rate)
         self._sent, self._voted, self._learned = self._voted, _Progress(), _Progress()
-        self._sent.dot = float(torch.stack(self._dots).sum()) if self._dots else self._sent.dot
-        self._dots = []
-        self._voted.lr = float(self._lr() if callable(self._lr) else self._lr or 0.0)
+        self._sent_dots, self._voted_dots = self._voted_dots, []
+        if self._lr is None:
+            raise RuntimeError(
+                "signvote: this state was pickled with a rule to switch by: call state.switch_to_dense("
+                "rule=state.switching.rule, lr=...) before use"
+            )
+        self._voted.lr = float(self._lr() if callable(self._lr) else self._lr)
 
-    def add(self, dot: torch.Tensor | None, numel: int) -> None:
-        """Of one bucket of the current step; None if it has no vote that means anything."""
-        self._dots.append(torch.tensor(math.nan, dtype=torch.float64) if dot is None else dot.cpu())
+    def add(self, dot: Callable[[], float] | None, numel: int, loss_scale: float) -> None:
+        """Of one bucket of the current step; None if it has no vote that means anything.
+
+        ``dot`` may wait for a device, and is for gradients that were multiplied by ``loss_scale``.
+        """
+        self._voted_dots.append(lambda: math.nan if dot is None else dot() / loss_scale)
         self._voted.numel += numel
 
     def own(self) -> float:
-        """What this rank sends: of the step before."""
+        """What this rank sends: of the step before. May wait for a device."""
+        _settle(self._sent, self._sent_dots)
         return math.nan if self._sent.dot is None else self._sent.dot
 
     def learn(self, mean: float) -> None:
@@ -94,13 +102,11 @@ class Switching:
 
     def state_dict(self) -> dict[str, Any]:
         """Between two steps."""
-        voted = asdict(self._voted)
-        if self._dots:
-            voted["dot"] = float(torch.stack(self._dots).sum())
+        _settle(self._voted, self._voted_dots)
         return {
             "switched_at": self.switched_at,
             "rule": None if self.rule is None else self.rule.state_dict(),
-            "voted": voted,
+            "voted": asdict(self._voted),
             "learned": asdict(self._learned),
         }
 
@@ -110,5 +116,12 @@ class Switching:
         if self.rule is not None:
             self.rule.load_state_dict(saved["rule"])
         self.switched_at = saved["switched_at"]
-        self._dots = []
+        self._voted_dots = []
         self._voted, self._learned = _Progress(**saved["voted"]), _Progress(**saved["learned"])
+
+
+def _settle(progress: _Progress, dots: list[Callable[[], float]]) -> None:
+    """Wait for what ``dots`` say, once."""
+    if dots:
+        progress.dot = sum(dot() for dot in dots)
+        dots.clear()

@@ -73,7 +73,7 @@ class Voter:
     def add(self, rank: int, message: torch.Tensor) -> None:
         """As :class:`signvote.ddp.topology.Voter`."""
         with self._timed():
-            weight = trailer.weight_of(message.numpy(), rank)
+            (weight,) = trailer.weights_of(message[None].numpy(), rank).tolist()
             if rank == 0 and self._tally is not None:
                 self._tally.clear()
             if self._tally is None:
@@ -118,8 +118,8 @@ class Voter:
 
     @property
     def _lead(self) -> dict[str, Any]:
-        votes = int(self._trailers[:, 4].astype(np.int64).sum())
-        return {"stride": self._result.stride, "quorum": self._options.votes_to_lead(votes)}
+        votes = trailer.weights_of(self._trailers).sum()
+        return {"stride": self._result.stride, "quorum": self._options.votes_to_lead(int(votes))}
 
     def _add_dense(self, rank: int, message: torch.Tensor, weight: int) -> None:
         if not len(self._sum):
@@ -130,13 +130,12 @@ class Voter:
         self._sum.add_(dense if weight == 1 else dense * weight)  # never fused: the same bits on every CPU
 
     def _finish(self, undecided: int, voted: torch.Tensor) -> None:
-        combined = trailer.combine(self._trailers, undecided)
+        weights = trailer.weights_of(self._trailers)
         if len(self._sum):
-            self._result.dense_of(voted, self._dtype).copy_(self._sum.div_(combined.weight))
+            self._result.dense_of(voted, self._dtype).copy_(self._sum.div_(int(weights.sum())))
         if self._numbers.size:
-            weights = self._trailers[:, 4].astype(np.int64)
             self._result.numbers_of(voted)[:] = numbers.mean(self._numbers, weights)
-        combined.write(voted.numpy())
+        trailer.combine(self._trailers, undecided).write(voted.numpy())
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

@@ -20,9 +20,12 @@ from signvote.ddp.layout import BucketLayout, MessageLayout
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 ROWS = (2, 3, 4, 5, 7, 8, 15, 16, 31, 32, 63, 64, 256)
+TERNARY_ROWS = (2, 3, 4, 8, 16, 64)
 SHARDS = 8  # workers of the codec of a sharded vote
 SEED = 7
 SCALE = 0.5
+THRESHOLD = 0.5  # of normal variates, of which a third and a bit abstain
+QUORUM = 2
 BETA = 0.9
 # Peers that would unpack more bits than this are left out: they take seconds, and gigabytes.
 MOST_PEER_BITS = 1 << 27
@@ -316,6 +319,88 @@ def _majority_vote(case: Case, data: Data, options: Options) -> tuple[list[Conte
     return field.done((case.rows + 1) * out.nbytes)
 
 
+def _pack_ternary(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
+    x = data.gradient(case.dtype, case.numel)
+    out = aligned(case.numel // 16, np.uint32).reshape(2, -1)
+    check = _checker(out, expected.pack_ternary(x, THRESHOLD))
+    field = _Field(case, options)
+    limits = field.place.limits
+    argument, planes = field.place.arguments([x], [out])
+    field.ops(lambda **how: ops.pack_ternary(argument, threshold=THRESHOLD, out=planes, **how), check)
+    field.limit("read", lambda threads: limits.read(x, threads))
+    tensor, tensor_out = field.place.tensors([x], [out])
+    if case.dtype != "bfloat16":
+        field.numpy(lambda: peers.numpy_pack_ternary(x, THRESHOLD, out), check)
+    field.peer("torch", lambda: peers.torch_pack_ternary(tensor, THRESHOLD, tensor_out), check)
+    return field.done(x.nbytes)
+
+
+def _unpack_ternary(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
+    words = data.rows(2, case.numel)
+    out = aligned(case.numel, np.uint16 if case.dtype == "bfloat16" else case.dtype)
+
+    def check(label: str) -> None:
+        expected.check_unpacked_ternary(label, out, words, SCALE)
+        spoil(out)
+
+    field = _Field(case, options)
+    limits = field.place.limits
+    argument, target = field.place.arguments([words], [out])
+    field.ops(lambda **how: ops.unpack_ternary(argument, case.numel, scale=SCALE, out=target, **how), check)
+    field.limit("write", lambda threads: limits.write(out, 1, threads))
+    tensor, tensor_out = field.place.tensors([words], [out])
+    if case.dtype != "bfloat16":
+        field.numpy(lambda: peers.numpy_unpack_ternary(words, SCALE, out), check)
+    field.peer("torch", lambda: peers.torch_unpack_ternary(tensor, SCALE, tensor_out), check)
+    return field.done(out.nbytes)
+
+
+def _majority_vote_ternary(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
+    assert case.rows is not None
+    rows = data.rows(2 * case.rows, case.numel).reshape(case.rows, 2, -1)
+    out = aligned(case.numel // 16, np.uint32).reshape(2, -1)
+    first: list[Words] = []
+
+    def check(label: str) -> None:
+        expected.check_vote_ternary(label, out, rows, case.numel, QUORUM)
+        if not first:
+            first.append(out.copy())
+        check_equal(label, out, first[0])
+        spoil(out)
+
+    field = _Field(case, options)
+    limits = field.place.limits
+    argument, voted = field.place.arguments([rows], [out])
+    field.ops(
+        lambda **how: ops.majority_vote_ternary(argument, quorum=QUORUM, numel=case.numel, out=voted, **how), check
+    )
+    if field.is_on_cpu:
+        rows_of_planes = [list(rows[:, plane]) for plane in range(2)]
+
+        def each_plane(limit: Callable[..., object]) -> Callable[[int], object]:
+            def call(threads: int) -> None:
+                for plane, rows_of_plane in enumerate(rows_of_planes):
+                    limit(rows_of_plane, out[plane], threads)
+
+            return call
+
+        field.limit("xor_rows", each_plane(limits.xor_rows))
+        field.limit("read_rows_then_write", each_plane(limits.read_rows_then_write))
+        field.numpy(lambda: peers.numpy_vote_ternary(rows, QUORUM, out), check)
+    else:
+        field.limit("read_rows_then_write", lambda threads: limits.read_rows_then_write(rows, out, threads))
+    if case.numel * case.rows <= MOST_PEER_BITS and options.with_peers:
+        signs_of_all = torch.from_numpy(expected.unpack_ternary(rows, case.numel)).to(field.place.device)
+        majority = torch.empty(case.numel, dtype=torch.int16, device=field.place.device)
+
+        def check_torch(label: str) -> None:
+            planes = expected.pack_planes(majority.cpu().numpy())
+            expected.check_vote_ternary(label, planes, rows, case.numel, QUORUM)
+
+        field.peer("torch", lambda: peers.torch_vote_ternary(signs_of_all, QUORUM, majority), check_torch)
+    return field.done((case.rows + 1) * out.nbytes)
+
+
 def _codec(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
     """What one of SHARDS workers computes in a sharded vote: pack all, vote on its share, unpack all."""
     x = data.gradient("float32", case.numel)
@@ -396,6 +481,9 @@ _BUILDERS: dict[str, Callable[[Case, Data, Options], tuple[list[Contender], int]
     "pack_momentum": _pack_momentum,
     "unpack_signs": _unpack_signs,
     "majority_vote": _majority_vote,
+    "pack_ternary": _pack_ternary,
+    "unpack_ternary": _unpack_ternary,
+    "majority_vote_ternary": _majority_vote_ternary,
     "codec": _codec,
     "round_trip": _round_trip,
 }
