@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
+import torch
 
+import cuda_stand_in
 import labs
 import signvote
 from ranks import RankPool
@@ -38,6 +41,20 @@ def implementation(request: pytest.FixtureRequest) -> str:
     """Every implementation that this CPU can run."""
     name: str = request.param
     return name
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``_cuda`` on the CPU."""
+    return cuda_stand_in.build_module(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A CUDA device, and the stand-in for one."""
+    if request.param == "cuda":
+        return torch.device("cuda", 0)
+    return cuda_stand_in.use_module(request.getfixturevalue("stand_in"), monkeypatch)
 
 
 @pytest.fixture(scope="session")

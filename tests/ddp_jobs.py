@@ -60,6 +60,18 @@ class Scalar(nn.Module):
         return self.factor * x
 
 
+class Empty(nn.Module):
+    """Parameters without elements: the first is the last to get a gradient, in a bucket of its own if that is tiny."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.body = nn.Parameter(torch.zeros(0, 3)), nn.Linear(7, 5)
+        self.after = nn.Parameter(torch.zeros(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x + self.before.sum()) + self.after.sum()
+
+
 class Rows(nn.Module):
     """An embedding of which a step touches few rows: most coordinates are exactly zero."""
 
@@ -97,6 +109,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mixed": MixedDtypes,
     "frozen": Frozen,
     "scalar": Scalar,
+    "empty": Empty,
     "rows": Rows,
     "channels_last": ChannelsLast,
 }
@@ -108,6 +121,7 @@ class Job:
 
     ``devices``: those of ranks 0, 1, ..., over and over. ``side_stream``: what is on a CUDA stream of its own:
     ``"construction"`` of the DDP model, whose gradients are then accumulated there, ``"training"`` or ``"all"``.
+    ``weights``: as ``devices``.
     """
 
     model: str = "mlp"
@@ -120,6 +134,7 @@ class Job:
     record: bool = True
     devices: tuple[str, ...] = ("cpu",)
     side_stream: str = "none"
+    weights: tuple[int, ...] = (1,)
 
     def device(self) -> str:
         """Of this rank."""
@@ -156,6 +171,7 @@ def build(
     torch.manual_seed(0)
     ddp = DistributedDataParallel(MODELS[job.model]().to(job.device()), **job.ddp)
     state = MajorityVoteState(**job.options) if state is None else state
+    state.weight = job.weights[dist.get_rank() % len(job.weights)]
     state.name_parameters(ddp.module.named_parameters())
     outcome = Outcome([], [], "", 0.0, set(), {})
     names = {parameter: name for name, parameter in ddp.module.named_parameters()}

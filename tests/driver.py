@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 import reference
-from samples import BITS, DTYPES, mixture, store, values, word_rows
+from samples import BITS, DTYPES, mixture, store, ternary_rows, values, word_rows
+from signvote.arguments import threshold_bits
 
 OPS = (
     "pack_signs",
@@ -24,6 +25,10 @@ OPS = (
     "add_counts",
     "decide_counts",
     "decide_counts_ternary",
+    "pack_ternary",
+    "majority_vote_ternary",
+    "unpack_ternary",
+    "add_counts_ternary",
 )
 UNDECIDED = ("negative", "positive", "coin")  # in the order of the enum
 COEFFICIENTS = ((0.9, 0.1, 0.99, 0.01), (1.0, 1.0, 1.0, 1.0), (1e30, 1e30, 1e30, 1e30), (1e-30, -1e-30, -1e-30, 1e-30))
@@ -135,7 +140,47 @@ class Cases:
             [planes_of(counts, num_planes), ternary],
             num_rows=num_planes,
             limits=limits,
+            counts=(int(np.sum(abs(2 * counts[:numel] - num_votes) < quorum)), 0),
         )
+
+    def add_pack_ternary(self, x: NDArray[Any], dtype: str, threshold: float) -> None:
+        planes, *counts = reference.pack_ternary(values(x, dtype), threshold)
+        limit = threshold_bits("pack_ternary", threshold, dtype)
+        self.add("pack_ternary", x.size, [x, planes], dtype, limits=(limit, 0), counts=(counts[0], counts[1]))
+
+    def add_unpack_ternary(self, rng: np.random.Generator, numel: int, dtype: str) -> None:
+        planes = rng.integers(0, 2**32, (2, (numel + 31) // 32), np.uint32)
+        bits = BITS[dtype]
+        positive: NDArray[Any] = store(np.array([0.0 if numel == 1 else 1.5]), dtype).view(bits)
+        negative = positive ^ bits(2 ** (8 * positive.itemsize - 1))
+        ternary = reference.ternary_of(planes, numel)
+        out = np.where(ternary == 0, bits(0), np.where(ternary > 0, positive, negative))
+        self.add("unpack_ternary", numel, [planes, out], dtype, positive=int(positive[0]))
+
+    def add_vote_ternary(self, rng: np.random.Generator, num_rows: int, numel: int) -> None:
+        """With a quorum of one, and one that some leads reach."""
+        rows = ternary_rows(rng, num_rows, numel)
+        lead = np.array([reference.ternary_of(planes, numel) for planes in rows]).sum(axis=0)
+        for quorum in (1, int(rng.integers(1, num_rows + 2))):
+            result = np.where(abs(lead) < quorum, 0, lead)
+            self.add(
+                "majority_vote_ternary",
+                numel,
+                [rows, reference.planes_of(result)],
+                num_rows=2 * num_rows,
+                limits=(quorum, 0),
+                counts=(int(np.sum(result == 0)), 0),
+            )
+
+    def add_counts_ternary(self, rng: np.random.Generator, num_planes: int, numel: int) -> None:
+        width = (numel + 31) // 32
+        largest = 2**num_planes - 1
+        weight = int(rng.integers(1, 2**num_planes))
+        votes = rng.integers(0, 2**32, (2, width), np.uint32)
+        counts = rng.integers(0, largest + 1, 32 * width)
+        total = counts + weight * (1 + reference.ternary_of(votes, 32 * width)) & largest
+        planes = [planes_of(numbers, num_planes) for numbers in (counts, total)]
+        self.add("add_counts_ternary", numel, [votes, *planes], num_rows=num_planes, limits=(weight, 0))
 
 
 def planes_of(counts: NDArray[np.int64], num_planes: int) -> NDArray[np.uint32]:

@@ -54,7 +54,7 @@ def test_run_shows_and_writes_all_there_is(run: tuple[str, Path]) -> None:
     assert facts["machine"]["cpu"]
     assert {"signvote", "numpy", "torch", "python"} == facts["versions"].keys()
     cases = {(r.op, r.dtype, r.zeros, r.rows) for r in measured}
-    assert len(cases) == 4 * 4 + 2 + 1
+    assert len(cases) == 6 * 4 + 2 * 2 + 1
     for r in measured:
         assert 0 < r.seconds.low <= r.seconds.median <= r.seconds.high
         assert r.samples >= 3
@@ -81,6 +81,9 @@ def test_only_what_is_asked_for_is_measured(tmp_path: Path) -> None:
         (ops, "pack_momentum", "out", "pack_momentum float32 0.01 MB: "),
         (ops, "unpack_signs", "out", "unpack_signs float32 0.01 MB: "),
         (ops, "majority_vote", "out", "majority_vote M=8 0.01 MB: "),
+        (ops, "pack_ternary", "out", "pack_ternary float32 0.01 MB: "),
+        (ops, "unpack_ternary", "out", "unpack_ternary float32 0.01 MB: "),
+        (ops, "majority_vote_ternary", "out", "majority_vote_ternary M=8 0.01 MB: "),
         (peers, "numpy_unpack", 2, "unpack_signs float32 0.01 MB: numpy"),
     ],
 )
@@ -92,7 +95,7 @@ def test_wrong_result_ends_the_run(
     def wrong(*arguments: Any, **options: Any) -> None:
         right(*arguments, **options)
         written = options[out] if isinstance(out, str) else arguments[out]
-        written.view(np.uint8)[40] ^= 1
+        written.reshape(-1).view(np.uint8)[40] ^= 1
 
     monkeypatch.setattr(module, name, wrong)
     op = ["--op", "unpack_signs" if module is peers else name, "--dtype", "float32"]
@@ -361,6 +364,12 @@ def test_expected_results_are_those_of_the_reference() -> None:
     rows = rng.integers(0, 2**32, (8, 101), np.uint32)
     expected.check_vote("vote", reference.majority_vote(list(rows), numel, "coin", 7)[0], rows, numel, 7)
     expected.check_vote("vote", reference.majority_vote(list(rows), numel, "negative")[0], rows, numel, None)
+    x[:2] = 0.5, -0.5
+    np.testing.assert_array_equal(expected.pack_ternary(x, 0.5), reference.pack_ternary(x, 0.5)[0])
+    ballots = rows.reshape(4, 2, 101)
+    voted = reference.majority_vote_ternary(ballots, numel, 2)[0]
+    expected.check_vote_ternary("vote", voted, ballots, numel, 2)
+    expected.check_unpacked_ternary("unpack", reference.unpack_ternary(voted, numel, np.float16(0.5)), voted, 0.5)
     expected.check_unpacked("unpack", reference.unpack_signs(rows[0], numel, np.float16(0.5)), rows[0], 0.5)
 
 

@@ -22,6 +22,8 @@ from signvote.cli.bench.cases import DTYPES, OPS, Case, Data, Options, contender
 from signvote.cli.bench.measure import Spread
 from test_bench import some_result
 
+ARRAY_OPS = ("pack_signs", "pack_momentum", "unpack_signs", "pack_ternary", "unpack_ternary")
+VOTES = ("majority_vote", "majority_vote_ternary")
 SMALL = ["--device", "cuda", "--size", "0.01", "--rows", "3", "8"]
 machine: Any = importlib.import_module("signvote.cli.bench.machine")  # a function of its name hides it
 
@@ -46,27 +48,27 @@ def test_run_on_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     facts, measured = results.read(tmp_path / "bench.json")
     assert facts["device"] == "cuda"
     assert {(r.op, r.dtype, r.zeros, r.rows) for r in measured} == {
-        *((op, dtype, "none", None) for op in ("pack_signs", "pack_momentum", "unpack_signs") for dtype in DTYPES),
+        *((op, dtype, "none", None) for op in ARRAY_OPS for dtype in DTYPES),
         *(("pack_signs", dtype, "third", None) for dtype in DTYPES),
-        *(("majority_vote", "float32", "none", rows) for rows in (3, 8)),
+        *((op, "float32", "none", rows) for op in VOTES for rows in (3, 8)),
         ("round_trip", "float32", "none", None),
     }
     assert {r.name for r in measured if r.kind == "op"} == {"cuda"}
     limits = {(r.op, r.name) for r in measured if r.kind == "limit"}
     assert limits == {
-        *((op, "copy") for op in ("pack_signs", "pack_momentum", "unpack_signs", "majority_vote")),
-        ("pack_signs", "read"),
+        *((op, "copy") for op in (*ARRAY_OPS, *VOTES)),
+        *((op, "read") for op in ("pack_signs", "pack_ternary")),
         ("pack_momentum", "update"),
-        ("unpack_signs", "write"),
-        ("majority_vote", "read_rows_then_write"),
+        *((op, "write") for op in ("unpack_signs", "unpack_ternary")),
+        *((op, "read_rows_then_write") for op in VOTES),
         ("round_trip", "transfer"),
     }
     peers = {(r.op, r.name) for r in measured if r.kind == "peer"}
-    assert {(op, "torch") for op in ("pack_signs", "pack_momentum", "unpack_signs", "majority_vote")} <= peers
+    assert {(op, "torch") for op in (*ARRAY_OPS, *VOTES)} <= peers
 
 
 @pytest.mark.usefixtures("cpu_as_device")
-@pytest.mark.parametrize("op", ["pack_signs", "pack_momentum", "unpack_signs", "majority_vote"])
+@pytest.mark.parametrize("op", [*ARRAY_OPS, *VOTES])
 def test_wrong_result_on_a_device_ends_the_run(
     op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,7 +90,7 @@ def test_wrong_result_on_a_device_ends_the_run(
 @pytest.mark.parametrize("device", [None, torch.device("cpu")])
 def test_memory_of_a_case_goes_with_its_contenders(device: torch.device | None) -> None:
     """With the garbage collector off, as it is in a run."""
-    rows = {"majority_vote": 3}
+    rows = dict.fromkeys(VOTES, 3)
     ops_there = [op for op in OPS if op != ("round_trip" if device is None else "codec")]
     with measure.no_garbage_collection():
         for op in ops_there:

@@ -1,53 +1,24 @@
-"""The CUDA kernels without a GPU: the same sources, built by the host compiler, every thread a fiber.
+"""The CUDA kernels on the stand-in for CUDA, in the C++ program that tests the CPU's.
 
-``tests/cpp/cuda_on_cpu`` stands in for CUDA. Here the kernels run in the C++ program that tests the CPU's, with
-sanitizers, buffers that end at guard pages, and a hostile floating-point environment.
+With sanitizers, buffers that end at guard pages, and a hostile floating-point environment.
 """
 
 from __future__ import annotations
 
-import platform
+import math
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from driver import FLAGS, SANITIZED, UNDECIDED, Cases, need, run
+from cuda_stand_in import CUDA, STAND_IN, TESTS, TILE, TILED_SIZES, VOTE_PIECE, build_objects, need_stand_in
+from driver import SANITIZED, UNDECIDED, Cases, run
 from samples import DTYPES, SIZES, bit_rows, mixture, special, store
 
-TESTS = Path(__file__).parent
-CUDA = TESTS.parent / "csrc" / "cuda"
-STAND_IN = TESTS / "cpp" / "cuda_on_cpu"
-# Two blocks at most, so that they have more than one piece for each of their warps.
-HOST_FLAGS = ["-Wno-unknown-pragmas", "-fno-strict-aliasing", "-DSIGNVOTE_CUDA_MAX_BLOCKS=2", "-I", str(STAND_IN)]
-
-TILE, VOTE_PIECE = 1024, 4096
-TILED_SIZES = (TILE, 2 * TILE, 5 * TILE - 1, 5 * TILE, 16 * TILE, 40 * TILE + 33)
-NUM_ROWS = (*range(1, 18), 23, 24, 25, 63, 64, 255, 256, 1000)
+NUM_ROWS = (*range(1, 18), 23, 24, 25, 63, 64, 127, 128, 255, 256, 1000)
 
 pytestmark = pytest.mark.timeout(600)  # compilers, on a machine that may be busy
-
-
-def need_stand_in() -> None:
-    """For tests that are skipped where the stand-in cannot be built."""
-    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
-        pytest.skip("the stand-in for CUDA is written for Linux on x86-64")
-    need("g++")
-
-
-def build_objects(sources: list[Path], flags: list[str], directory: Path) -> list[str]:
-    """Two compilers at a time."""
-
-    def build_object(source: Path) -> str:
-        built = str(directory / f"{source.name}.o")
-        subprocess.run(["g++", *FLAGS, *HOST_FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", built], check=True)
-        return built
-
-    with ThreadPoolExecutor(2) as executor:
-        return list(executor.map(build_object, sources))
 
 
 def write_cases(cases: Cases) -> None:
@@ -57,6 +28,11 @@ def write_cases(cases: Cases) -> None:
             cases.add_pack(rng, mixture(rng, numel, dtype), dtype, UNDECIDED[i % 3])
             cases.add_pack(rng, mixture(rng, numel, dtype, finite=True), dtype, "coin")
             cases.add_unpack(rng, numel, dtype)
+            cases.add_pack_ternary(mixture(rng, numel, dtype), dtype, (0.0, 0.5, 1e-40)[i % 3])
+            cases.add_pack_ternary(mixture(rng, numel, dtype, finite=True), dtype, 0.5)
+            cases.add_unpack_ternary(rng, numel, dtype)
+        for threshold in (0.0, 1e-40, 1.0, 1e300, math.inf):
+            cases.add_pack_ternary(np.resize(special(dtype), 2 * TILE + 200), dtype, threshold)
         for undecided in UNDECIDED:
             cases.add_pack(rng, np.resize(special(dtype), 2 * TILE + 200), dtype, undecided)
             cases.add_pack(rng, store(np.zeros(TILE + 200), dtype), dtype, undecided)
@@ -65,9 +41,11 @@ def write_cases(cases: Cases) -> None:
         for i, numel in enumerate((0, 1, 31, 32, 33, 64, 65, 1023, 1025, 2 * VOTE_PIECE)):
             for bits in bit_rows(rng, num_rows, numel if num_rows < 100 else min(numel, 70)):
                 cases.add_vote(rng, bits, UNDECIDED[i % 3])
+            cases.add_vote_ternary(rng, num_rows, numel if num_rows < 100 else min(numel, 70))
     for num_rows in (2, 10, 33):
         for numel in (VOTE_PIECE - 1, VOTE_PIECE, 40 * VOTE_PIECE, 3 * VOTE_PIECE + 128, 3 * VOTE_PIECE + 77):
             cases.add_vote(rng, rng.integers(0, 2, (num_rows, numel)).astype(bool), "coin")
+            cases.add_vote_ternary(rng, num_rows, numel)
 
 
 def test_kernels(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import signvote.ddp.agreement as agreement
 import signvote.ddp.hook as hook_module
 import signvote.ddp.state as state_module
+import signvote.ddp.voter as voter_module
 from ddp_jobs import Job, batches, build, delayed_worker, digest, mlp, step
 from ranks import RankDied, RankError, RankPool
 from signvote.ddp import MajorityVoteState, attach, majority_vote_hook
@@ -160,7 +161,7 @@ def majority_vote_on(state: MajorityVoteState, model: nn.Module) -> None:
         ("nonfinite", "ignore", 'nonfinite: "propagate" on ranks 0, 2, "ignore" on rank 1'),
         ("seed", 5, "seed: 0 on ranks 0, 2, 5 on rank 1"),
         ("numel", 6, "numel of bucket 0: 40 on ranks 0, 2, 48 on rank 1"),
-        ("wire version", 99, "wire version: 2 on ranks 0, 2, 99 on rank 1"),
+        ("wire version", 99, "wire version: 3 on ranks 0, 2, 99 on rank 1"),
         ("step", 12, "step: 1 on ranks 0, 2, 13 on rank 1"),
     ],
 )
@@ -372,7 +373,7 @@ def fail_in_worker() -> list[str]:
 
     ddp, _, _ = build(Job(options={"timeout": timedelta(seconds=2)}))
     texts = []
-    with patched(hook_module, "vote_runs", broken) if dist.get_rank() == 1 else nullcontext():
+    with patched(voter_module, "vote_runs", broken) if dist.get_rank() == 1 else nullcontext():
         for _ in range(2):
             try:
                 ddp(torch.ones(2, 7)).sum().backward()

@@ -311,13 +311,16 @@ def _agreement_bytes(outcomes: list[Any], topology: str) -> int:
     total = 0
     for step_ in (0, 1):
         description = {
-            "wire version": 2,
+            "wire version": 3,
             "world size": 3,
-            **MajorityVoteState(topology=topology, momentum=0.0).options.as_dict(),
+            **MajorityVoteState(topology=topology, momentum=0.0).options.described(),
             "step": step_,
+            "phase": "vote",
+            "switch to means": "None at None",
             "numel of bucket 0": 390,
             "parameters of bucket 0": 3,
             "dtype of bucket 0": "torch.float32",
+            "excluded parameters of bucket 0": [],
         }
         total += 2 * (8 + len(json.dumps(description).encode()))
     return total
@@ -346,30 +349,30 @@ class Large(nn.Module):
         return self.a.sum() + self.b.sum()
 
 
-def memory_of(exchange: Any) -> list[torch.Tensor]:
-    found = [value for value in vars(exchange).values() if isinstance(value, torch.Tensor)]
-    if hasattr(exchange, "tally"):
-        found.append(torch.from_numpy(exchange.tally._planes.view("i4")))
+def memory_of(plan: Any) -> list[torch.Tensor]:
+    found = [value for value in vars(plan.exchange).values() if isinstance(value, torch.Tensor)]
+    if plan.voter._tally is not None:
+        found.append(torch.from_numpy(plan.voter._tally.planes.view("i4")))
     return found
 
 
 def buffers(state: MajorityVoteState) -> list[int]:
     """Where all memory lies that a state holds for its buckets."""
-    tensors = [value for plan in state._plans.values() for value in memory_of(plan.exchange)]
+    tensors = [value for plan in state._plans.values() for value in memory_of(plan)]
     tensors += [plan.momentum for plan in state._plans.values() if plan.momentum is not None]
-    arrays = [array for plan in state._plans.values() for array in (plan.layout.runs, plan.voter_runs)]
+    arrays = [array for plan in state._plans.values() for array in (plan.sent.runs, plan.voter._runs)]
     addresses = [tensor.data_ptr() for tensor in tensors]
     return addresses + [array.ctypes.data for array in arrays]
 
 
 def allocate_in_steady_state(topology: str) -> tuple[int, int, bool]:
     """Bytes of Python and NumPy at the peak of the steps after the second, new messages, and whether buffers stayed."""
-    from signvote.ddp.layout import BucketLayout
+    from signvote.ddp.layout import MessageLayout
 
     ddp = DistributedDataParallel(Large())
     state = attach(ddp, topology=topology)
     made = 0
-    new_message = BucketLayout.new_message
+    new_message = MessageLayout.new_message
 
     def counting(*arguments: Any) -> torch.Tensor:
         nonlocal made
@@ -381,7 +384,7 @@ def allocate_in_steady_state(topology: str) -> tuple[int, int, bool]:
     before = buffers(state)
     tracemalloc.start()
     try:
-        with mock.patch.object(BucketLayout, "new_message", counting):
+        with mock.patch.object(MessageLayout, "new_message", counting):
             for _ in range(3):
                 ddp().backward()
         peak = tracemalloc.get_traced_memory()[1]
@@ -401,7 +404,7 @@ def test_allocates_nothing_of_the_models_size_after_the_second_step(ranks: RankP
 def threads_by_bucket() -> dict[str, list[int]]:
     """With which number of threads the hook calls each op, on two buckets one after the other."""
     from signvote import runs
-    from signvote.ddp import codec, hook
+    from signvote.ddp import codec, voter
 
     used: dict[str, list[int]] = {}
 
@@ -420,7 +423,7 @@ def threads_by_bucket() -> dict[str, list[int]]:
         ddp().backward()
         ddp.zero_grad()
         with (
-            mock.patch.object(hook, "vote_runs", recording(runs.vote_runs)),
+            mock.patch.object(voter, "vote_runs", recording(runs.vote_runs)),
             mock.patch.multiple(codec, pack_runs=recording(runs.pack_runs), unpack_runs=recording(runs.unpack_runs)),
         ):
             ddp().backward()
@@ -439,8 +442,7 @@ def held_memory(topology: str) -> int:
     state = attach(ddp, topology=topology)
     for _ in range(2):
         ddp().backward()
-    exchanges = [plan.exchange for plan in state._plans.values()]
-    return sum(memory.nbytes for exchange in exchanges for memory in memory_of(exchange))
+    return sum(memory.nbytes for plan in state._plans.values() for memory in memory_of(plan))
 
 
 @pytest.mark.parametrize(
@@ -503,12 +505,30 @@ def test_a_hook_that_is_never_called_can_be_told(ranks: RankPool) -> None:
         ("momentum", "high", "momentum: expected a number in"),
         ("momentum", float("nan"), "momentum: expected a number in"),
         ("zeros", "zero", "zeros: expected one of 'coin', 'positive', 'negative', got 'zero'"),
-        ("ties", "zero", "ties: expected one of"),
+        ("ties", "never", "ties: expected one of 'coin', 'positive', 'negative', 'zero', got 'never'"),
         ("topology", "ring", "topology: expected one of 'sharded', 'allgather', 'server', 'auto', got 'ring'"),
         ("nonfinite", "hide", "nonfinite: expected one of"),
         ("scale", 0.0, "scale: expected a finite number above 0"),
         ("scale", float("inf"), "scale: expected a finite number above 0"),
-        ("scale", "mean_abs", "scale: expected a finite number above 0"),
+        ("scale", "mean", "scale: expected a finite number above 0, 'mean_abs' or a GradScaler, got 'mean'"),
+        ("abstain", -0.1, "abstain: expected a bool, a finite number from 0 on"),
+        ("abstain", "rms:", "abstain: expected a bool, a finite number from 0 on"),
+        ("abstain", "rms:inf", "abstain: expected a bool, a finite number from 0 on"),
+        ("abstain", "0.1", "abstain: expected a bool, a finite number from 0 on"),
+        ("abstain", None, "abstain: expected a bool, a finite number from 0 on"),
+        ("quorum", 0, "quorum: expected an integer from 1 on"),
+        ("quorum", 0.0, "quorum: expected an integer from 1 on"),
+        ("quorum", 1.5, "quorum: expected an integer from 1 on"),
+        ("quorum", True, "quorum: expected an integer from 1 on"),
+        ("warmup_steps", -1, "warmup_steps: expected an integer from 0 to 2\\*\\*64 - 1 or 'theory', got -1"),
+        ("warmup_steps", "soon", "warmup_steps: expected an integer from 0"),
+        ("dense_steps", 1.0, "dense_steps: expected an integer from 0"),
+        ("dither", -1.0, "dither: expected a finite number from 0 on"),
+        ("dither", "noise", "dither: expected a finite number from 0 on"),
+        ("track_agreement", 1, "track_agreement: expected a bool, got 1"),
+        ("weight", 0, "weight: expected an integer from 1 to 65535, got 0"),
+        ("weight", 2**16, "weight: expected an integer from 1 to 65535"),
+        ("weight", 1.0, "weight: expected an integer from 1 to 65535"),
         ("seed", -1, "seed: expected an integer from 0"),
         ("seed", 2**64, "seed: expected an integer from 0"),
         ("seed", 1.5, "seed: expected an integer from 0"),
@@ -517,6 +537,26 @@ def test_a_hook_that_is_never_called_can_be_told(ranks: RankPool) -> None:
 def test_options_are_checked_at_once(option: str, value: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         MajorityVoteState(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"momentum": 0.0, "warmup_steps": 3}, "warmup_steps: expected 0 without momentum, got 3"),
+        ({"momentum": (0.9, 0.99), "warmup_steps": "theory"}, "warmup_steps: expected a number with two momentum"),
+        ({"abstain": True, "zeros": "positive"}, "zeros: expected the default with abstain, got 'positive'"),
+        ({"abstain": 0.1, "ties": "negative"}, "ties: expected 'zero' or the default with abstain or a quorum"),
+        ({"quorum": 2, "ties": "positive"}, "ties: expected 'zero' or the default with abstain or a quorum"),
+    ],
+)
+def test_options_without_effect_are_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        MajorityVoteState(**options)
+
+
+def test_warmup_of_the_theory() -> None:
+    assert MajorityVoteState(warmup_steps="theory").options.warmup_steps == 54  # the paper's own number for 0.9
+    assert MajorityVoteState(momentum=0.0, warmup_steps="theory").options.warmup_steps == 0
 
 
 def test_without_a_process_group() -> None:
@@ -613,7 +653,7 @@ def test_no_word_at_exit(tmp_path: Path) -> None:
             from signvote.ddp import attach
             dist.init_process_group("gloo")
             ddp = DistributedDataParallel(torch.nn.Linear(7, 5))
-            state = attach(ddp)
+            state = attach(ddp, ties="zero")  # of coins between two ranks it would warn
             for _ in range(3):
                 ddp(torch.ones(2, 7)).sum().backward()
             assert state.stats().calls == 3

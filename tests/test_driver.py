@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 import sys
@@ -35,6 +36,12 @@ def write_cases(file: BinaryIO) -> None:
             cases.add_pack(rng, mixture(rng, numel, dtype), dtype, UNDECIDED[i % 3])
             cases.add_pack(rng, mixture(rng, numel, dtype, finite=True), dtype, "coin")
             cases.add_unpack(rng, numel, dtype)
+            for threshold in (0.0, 0.5):
+                cases.add_pack_ternary(mixture(rng, numel, dtype), dtype, threshold)
+                cases.add_pack_ternary(mixture(rng, numel, dtype, finite=True), dtype, threshold)
+            cases.add_unpack_ternary(rng, numel, dtype)
+        for threshold in (0.0, 1e-40, 1.0, 1e300, math.inf):
+            cases.add_pack_ternary(np.tile(special(dtype), 30), dtype, threshold)
         for undecided in UNDECIDED:
             cases.add_pack(rng, np.tile(special(dtype), 5), dtype, undecided)
             cases.add_pack(rng, store(np.zeros(200), dtype), dtype, undecided)
@@ -44,11 +51,15 @@ def write_cases(file: BinaryIO) -> None:
         for i, numel in enumerate((*small, 2085) if num_rows < 100 else (0, 1, 65, 513)):
             for bits in bit_rows(rng, num_rows, numel):
                 cases.add_vote(rng, bits, UNDECIDED[i % 3])
+            cases.add_vote_ternary(rng, num_rows, numel)
     for num_planes in (1, 2, 3, 5, 8, 11):
         for i, numel in enumerate(SIZES):
             cases.add_counts(rng, num_planes, numel, UNDECIDED[i % 3])
+            cases.add_counts_ternary(rng, num_planes, numel)
     for num_rows in (2, 10, 33):  # more than a tile of any width
         cases.add_vote(rng, rng.integers(0, 2, (num_rows, 2 * 16384 + 77)).astype(bool), "coin")
+    for num_rows in (2, 7, 21):
+        cases.add_vote_ternary(rng, num_rows, 2 * 16384 + 77)
     for num_rows in range(9, 17):  # that begin at the same place of a page
         cases.add_vote(rng, rng.integers(0, 2, (num_rows, 2 * 16384 - 13)).astype(bool), "coin")
 

@@ -24,10 +24,9 @@ from signvote.cli.plan.model import (
     row_bytes,
 )
 from signvote.ddp import attach
-from signvote.ddp.layout import BucketLayout
+from signvote.ddp.layout import TRAILER_WORDS, BucketLayout, MessageLayout
 from signvote.ddp.options import TOPOLOGIES
 from signvote.ddp.topology import chosen
-from signvote.ddp.trailer import TRAILER_WORDS
 
 CODEC = Codec(pack=0.4e-9, vote=4e-12, unpack=0.2e-9, to_half=0.2e-9, from_half=0.2e-9)
 GIGABIT = Link(1e9)
@@ -55,13 +54,13 @@ computes = st.builds(Compute, seconds=st.floats(0, 10), on_cpu=st.booleans())
 
 @given(numel=numels, shards=worlds)
 def test_row_is_that_of_the_layout(numel: int, shards: int) -> None:
-    layout = BucketLayout([numel], [0], shards, TRAILER_WORDS)
+    layout = MessageLayout(BucketLayout([numel], [0], shards))
     assert row_bytes(numel, shards) == 4 * layout.row_words
 
 
 @given(numels=st.lists(st.integers(1, 10**6), min_size=1, max_size=20), shards=st.integers(1, 64))
 def test_parameters_add_at_most_their_padding(numels: list[int], shards: int) -> None:
-    row = 4 * BucketLayout(numels, list(range(len(numels))), shards, TRAILER_WORDS).row_words
+    row = 4 * MessageLayout(BucketLayout(numels, list(range(len(numels))), shards)).row_words
     assert 0 <= row - row_bytes(sum(numels), shards) <= 8 * len(numels)
 
 

@@ -11,6 +11,7 @@ import torch
 
 import signvote
 from ranks import RankPool
+from signvote.ddp import attach
 
 README = Path(__file__).parents[1] / "README.md"
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -66,8 +67,37 @@ def _train(use_it: str, checkpoint: str, folder: str) -> dict[str, Any]:
     return {"calls": script["state"].stats().calls, "moved": moved.tolist(), "weight": model.weight.tolist()}
 
 
+def _attach_with_options(code: str) -> list[str]:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.LayerNorm(3))
+    script: dict[str, Any] = {
+        "attach": attach,
+        "ddp": torch.nn.parallel.DistributedDataParallel(model),
+        "model": model,
+    }
+    exec(code, script)
+    torch.autograd.backward(script["ddp"](torch.randn(8, 5)).square().sum())
+    return [name for place, name in enumerate(script["state"]._names) if place in script["state"]._excluded]
+
+
+def test_options(ranks: RankPool) -> None:
+    for excluded in ranks.run(_attach_with_options, python_with("exclude=norms"), world=3):
+        assert excluded == ["1.weight", "1.bias"]
+
+
+def test_diagnostics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    script: dict[str, Any] = {
+        "model": torch.nn.Linear(5, 3),
+        "micro_batches": [(torch.randn(4, 5), torch.randn(4, 3)) for _ in range(8)],
+        "loss_fn": torch.nn.functional.mse_loss,
+    }
+    exec(python_with("GradientStatistics"), script)
+    assert "density" in capsys.readouterr().out
+    assert (tmp_path / "gradients.png").stat().st_size > 0
+
+
 def test_use_and_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
-    results = ranks.run(_train, python_with("attach(ddp"), python_with("state_dict"), str(tmp_path), world=2)
+    results = ranks.run(_train, python_with("optimizer = SignSGD"), python_with("state_dict"), str(tmp_path), world=2)
     assert results[0] == results[1]
     assert results[0]["calls"] == 1
     np.testing.assert_allclose(results[0]["moved"], 1e-3, rtol=1e-3)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from signvote import _core
-from signvote.ddp.layout import COORDINATE, NUMEL, BucketLayout
-from signvote.ddp.options import VoteOptions
+from signvote.ddp.layout import COORDINATE, NUMEL, BucketLayout, MessageLayout
+from signvote.ddp.options import Phase, VoteOptions
 from signvote.runs import pack_runs, unpack_runs, vote_runs
 
 _ZEROS, _TIES = range(2)  # what a coin is drawn for
@@ -24,11 +24,11 @@ class SimulatedVote:
 
     def __init__(self, numels: Sequence[int], workers: int, *, momentum: float, seed: int) -> None:
         self.options = VoteOptions(momentum=momentum, seed=seed)
-        layout = BucketLayout(numels, range(len(numels)), num_shards=1, trailer_words=0)
+        layout = MessageLayout(BucketLayout(numels, range(len(numels)), num_shards=1))
         self.runs = layout.runs
         self.words = layout.new_message(workers)
         self.voted = torch.zeros_like(self.words[0])
-        self.momenta = torch.zeros(workers, layout.numel)
+        self.momenta = torch.zeros(workers, layout.bucket.numel)
         self.step = self.ties = 0
 
     def vote(self, gradients: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class SimulatedVote:
             pack_runs(
                 gradient,
                 self.momenta[worker] if options.has_momentum else None,
-                options.coefficients,
+                options.coefficients(Phase.VOTE),
                 self.runs,
                 self.words[worker],
                 zeros=options.zeros,
@@ -54,8 +54,8 @@ class SimulatedVote:
 
 def shard_owners(numels: Sequence[int], workers: int) -> Tensor:
     """For each coordinate the worker that is its server in a sharded vote, if all are in one bucket in this order."""
-    layout = BucketLayout(numels, range(len(numels)), num_shards=workers, trailer_words=0)
-    owners = torch.empty(layout.numel, dtype=torch.int64)
+    layout = MessageLayout(BucketLayout(numels, range(len(numels)), num_shards=workers))
+    owners = torch.empty(layout.bucket.numel, dtype=torch.int64)
     for worker in range(workers):
         for run in layout.shard_runs(worker):
             owners[run[COORDINATE] : run[COORDINATE] + run[NUMEL]] = worker

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -54,6 +55,7 @@ namespace cuda = signvote::cuda;
 using signvote::CoinsOf;
 using signvote::MomentumCoefficients;
 using signvote::PackCounts;
+using signvote::Planes;
 using signvote::Run;
 using signvote::Runs;
 using signvote::Undecided;
@@ -123,8 +125,37 @@ class Stream {
     launch(cuda::unpack_signs, out.dtype, words.words(), work_on(runs, signvote::coins_of_array, 0, cuda::kPiece),
            positive, static_cast<void*>(out.span.data));
   }
+  void pack_ternary(const Coordinates& x, const Runs& runs, uint64_t limit, const Planes<uint32_t>& out) const {
+    const size_t width = width_of(runs);
+    PackCounts* counts = pack_counts({x.span, span_of_words(out.sign, width), span_of_words(out.active, width)});
+    launch(cuda::pack_ternary, x.dtype, x.span.data, work_on(runs, signvote::coins_of_array, 0, cuda::kPiece), limit,
+           out.sign, out.active, counts);
+  }
+  void majority_vote_ternary(const Ballots& ballots, const Runs& runs, uint64_t quorum,
+                             const Planes<uint32_t>& out) const {
+    const size_t width = width_of(runs);
+    char* zeros = counts_of(1, {span_of_words(out.sign, width), span_of_words(out.active, width)});
+    if (counts_) check_apart({op_, "counts"}, *counts_, "the rows", ballots.planes());
+    launch(cuda::majority_vote_ternary, ballots.pointers[0].sign, ballots.pointers[0].active, ballots.pointers.size(),
+           static_cast<size_t>(ballots.stride), work_on(runs, signvote::coins_of_array, 0, cuda::kVotePiece), quorum,
+           out.sign, out.active, reinterpret_cast<uint64_t*>(zeros));
+  }
+  void unpack_ternary(const Planes<const uint32_t>& planes, const Runs& runs, uint64_t positive,
+                      const Coordinates& out) const {
+    launch(cuda::unpack_ternary, out.dtype, planes.sign, planes.active,
+           work_on(runs, signvote::coins_of_array, 0, cuda::kPiece), positive, static_cast<void*>(out.span.data));
+  }
 
  private:
+  // How many words there are in a plane at least.
+  static size_t width_of(const Runs& runs) {
+    size_t width = 0;
+    for (const Run& run : runs) {
+      width = std::max(width, static_cast<size_t>(run.word) + num_words(static_cast<size_t>(run.numel)));
+    }
+    return width;
+  }
+
   static Span to_int64(const Argument& argument, const Array& array, Access access) {
     check_dtype(argument, array, "i", 8, "int64");
     return to_span(argument, array, 8, access);
@@ -179,6 +210,16 @@ void check_row(const char* op, const std::string& stack, size_t i, const Array& 
   check_apart(out_argument, to_words(out_argument, out, Access::kWrite), stack, row);
 }
 
+// The same of a vote with abstention.
+void check_ballot(const char* op, const std::string& stack, size_t i, const Array& array, size_t width,
+                  const Array& out) {
+  const Argument argument{op, stack + "[" + std::to_string(i) + "]"}, out_argument{op, "out"};
+  const auto ballot = to_ternary<const uint32_t>(argument, array, width);
+  const auto written = to_written_ternary(out_argument, out, width);
+  check_apart(out_argument, written, stack, ballot.sign());
+  check_apart(out_argument, written, stack, ballot.active());
+}
+
 // Names and compute capabilities of the devices.
 std::vector<std::tuple<std::string, int, int>> devices() {
   std::vector<std::tuple<std::string, int, int>> found;
@@ -217,6 +258,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("runtime_version", &runtime_version);
   m.def("driver_version", &driver_version);
   m.def("check_row", &check_row);
+  m.def("check_ballot", &check_ballot);
   // The arguments are those of _core's functions, but at the end those of Stream.
   using Maybe = const std::optional<Array>&;
   m.def("pack_signs", &pack_signs<Stream, Maybe, int, uintptr_t>);
@@ -227,4 +269,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("pack_runs", &pack_runs<Stream, const Array&, Maybe, int, uintptr_t>);
   m.def("vote_runs", &vote_runs<Stream, const Array&, Maybe, int, uintptr_t>);
   m.def("unpack_runs", &unpack_runs<Stream, const Array&, Maybe, int, uintptr_t>);
+  m.def("pack_ternary", &pack_ternary<Stream, Maybe, int, uintptr_t>);
+  m.def("majority_vote_ternary", &majority_vote_ternary<Stream, Maybe, int, uintptr_t>);
+  m.def("unpack_ternary", &unpack_ternary<Stream, Maybe, int, uintptr_t>);
+  m.def("pack_ternary_runs", &pack_ternary_runs<Stream, const Array&, Maybe, int, uintptr_t>);
+  m.def("vote_ternary_runs", &vote_ternary_runs<Stream, const Array&, Maybe, int, uintptr_t>);
+  m.def("unpack_ternary_runs", &unpack_ternary_runs<Stream, const Array&, Maybe, int, uintptr_t>);
 }

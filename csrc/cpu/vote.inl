@@ -149,20 +149,17 @@ SIGNVOTE_FLATTEN uint64_t vote_few(const uint32_t* const* rows, size_t numel, Un
   return writer.num_tied();
 }
 
-// The counters of a tile. Rows come in groups of 16, and what a group carries to bit 4 waits until a second carry
-// comes, so that both go through one adder; so do the carries of that adder at bit 5, and so on. A bit of the number of
-// groups says whether a carry is waiting. A plane is written when it is first added to; until then its bits are those
-// of the count at the start.
-constexpr int kGroupBits = 4;
-constexpr size_t kGroupRows = 1 << kGroupBits;
-
+// The counters of a tile. Rows come in groups of 2^kBits, and what a group carries to bit kBits waits until a second
+// carry comes, so that both go through one adder; so do the carries of that adder at the bit above, and so on. A bit of
+// the number of groups says whether a carry is waiting. A plane is written when it is first added to; until then its
+// bits are those of the count at the start.
 struct Counters {
   Words planes[kMaxPlanes][kTile], waiting[kMaxPlanes][kTile];
 };
 
 // How many planes are written after so many groups, at least one.
-inline int num_written(size_t num_groups) {
-  int planes = kGroupBits;
+inline int num_written(size_t num_groups, int group_bits) {
+  int planes = group_bits;
   while (num_groups > 1) {
     num_groups /= 2;
     ++planes;
@@ -190,10 +187,12 @@ struct LastWords {
 template <class Tile>
 class RowGroup {
  public:
+  static constexpr int kBits = 4;
+
   RowGroup(const Tile& tile, const uint32_t* const* rows, size_t num_rows, size_t number) : tile_(tile) {
     static const uint32_t kNoRow[kTile * kWords] = {};
-    for (size_t i = 0; i < kGroupRows; ++i) {
-      const size_t row = kGroupRows * number + i, next = row + kGroupRows;
+    for (size_t i = 0; i < kRows; ++i) {
+      const size_t row = kRows * number + i, next = row + kRows;
       row_[i] = row < odd_rows(num_rows) ? tile.begin(rows[row]) : kNoRow;
       next_[i] = next < num_rows ? tile.begin(rows[next]) : tile.after(rows[i]);
     }
@@ -202,34 +201,36 @@ class RowGroup {
   // Adds the rows at register t to the lowest bits of their count, and returns what is carried on.
   Words add_to(Words* low, size_t t) const {
     if (t * kWords % kLine == 0) {
-      for (size_t i = 0; i < kGroupRows; ++i) prefetch(next_[i] + t * kWords);
+      for (size_t i = 0; i < kRows; ++i) prefetch(next_[i] + t * kWords);
     }
-    return add_rows<kGroupBits>(low, [&](size_t i) { return tile_.load(row_[i], t); }, 0);
+    return add_rows<kBits>(low, [&](size_t i) { return tile_.load(row_[i], t); }, 0);
   }
 
   // Of a row that is not counted.
   Words load(const uint32_t* row, size_t t) const { return tile_.load(tile_.begin(row), t); }
 
  private:
+  static constexpr size_t kRows = 1 << kBits;
   const Tile& tile_;
-  const uint32_t *row_[kGroupRows], *next_[kGroupRows];
+  const uint32_t *row_[kRows], *next_[kRows];
 };
 
 // Adds group `number`, through as many more adders as there are carries waiting in a row.
 template <class Tile, class Group>
 inline void add_group(Counters& counters, size_t first, const Tile& tile, const Group& group, size_t number) {
-  const int written = num_written(number);
-  int top = kGroupBits;
-  for (; (number >> (top - kGroupBits) & 1) != 0; ++top) {
+  constexpr int kBits = Group::kBits;
+  const int written = num_written(number, kBits);
+  int top = kBits;
+  for (; (number >> (top - kBits) & 1) != 0; ++top) {
     if (top < written) continue;
     for (size_t t = 0; t < tile.num; ++t) counters.planes[top][t] = bit_of(first, top);
   }
   for (size_t t = 0; t < tile.num; ++t) {
-    Words low[kGroupBits];
-    for (int j = 0; j < kGroupBits; ++j) low[j] = number > 0 ? counters.planes[j][t] : bit_of(first, j);
+    Words low[kBits];
+    for (int j = 0; j < kBits; ++j) low[j] = number > 0 ? counters.planes[j][t] : bit_of(first, j);
     Words carry = group.add_to(low, t);
-    for (int j = 0; j < kGroupBits; ++j) counters.planes[j][t] = low[j];
-    for (int j = kGroupBits; j < top; ++j) {
+    for (int j = 0; j < kBits; ++j) counters.planes[j][t] = low[j];
+    for (int j = kBits; j < top; ++j) {
       const Words plane = counters.planes[j][t], other = counters.waiting[j][t];
       counters.planes[j][t] = xor3(plane, other, carry);
       carry = majority3(plane, other, carry);
@@ -238,16 +239,23 @@ inline void add_group(Counters& counters, size_t first, const Tile& tile, const 
   }
 }
 
+// The number of the last group.
+template <class Group>
+size_t last_group(size_t num_rows) {
+  return (num_rows - 1) >> Group::kBits;
+}
+
 // Bits 0 to `top` of the count at register t after the last group, which is group `number` > 0.
 template <class Group>
 inline void add_last_group(const Counters& counters, size_t first, const Group& last, size_t number, int top, size_t t,
                            Words* bits) {
-  const int written = num_written(number);
-  for (int j = 0; j < kGroupBits; ++j) bits[j] = counters.planes[j][t];
+  constexpr int kBits = Group::kBits;
+  const int written = num_written(number, kBits);
+  for (int j = 0; j < kBits; ++j) bits[j] = counters.planes[j][t];
   Words carry = last.add_to(bits, t);
-  for (int j = kGroupBits; j <= top; ++j) {
+  for (int j = kBits; j <= top; ++j) {
     const Words plane = j < written ? counters.planes[j][t] : bit_of(first, j);
-    if ((number >> (j - kGroupBits) & 1) != 0) {
+    if ((number >> (j - kBits) & 1) != 0) {
       const Words other = counters.waiting[j][t];
       bits[j] = xor3(plane, other, carry);
       carry = majority3(plane, other, carry);
@@ -265,7 +273,7 @@ inline Decision decide_with(const Counters& counters, const RowGroup<Tile>& last
   const size_t num_odd = odd_rows(num_rows);
   const int num_low = count_bits_below_majority(num_odd);
   Words bits[kMaxPlanes];
-  add_last_group(counters, first_count(num_odd), last, (num_odd - 1) / kGroupRows, num_low, t, bits);
+  add_last_group(counters, first_count(num_odd), last, last_group<RowGroup<Tile>>(num_odd), num_low, t, bits);
   const Words majority = bits[num_low];
   if (num_rows % 2 == 0) return with_last_row(bits, num_low, majority, last.load(rows[num_odd], t));
   return {majority, broadcast<uint64_t>(0)};
@@ -275,7 +283,7 @@ inline Decision decide_with(const Counters& counters, const RowGroup<Tile>& last
 template <class Tile, class MakeGroup>
 inline auto add_groups(Counters& counters, size_t first, const Tile& tile, size_t num_rows,
                        const MakeGroup& make_group) {
-  const size_t last = (num_rows - 1) / kGroupRows;
+  const size_t last = last_group<decltype(make_group(0))>(num_rows);
   for (size_t number = 0; number < last; ++number) add_group(counters, first, tile, make_group(number), number);
   return make_group(last);
 }

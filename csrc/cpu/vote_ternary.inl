@@ -39,7 +39,7 @@ constexpr int highest_bit(size_t num_rows) {
   return top;
 }
 
-// As many ballots as fit in registers.
+// As many ballots as are read at a time in a group.
 template <int kRows>
 SIGNVOTE_FLATTEN uint64_t vote_ternary_few(const uint32_t* const* signs, const uint32_t* const* actives, size_t numel,
                                            uint64_t quorum_size, uint32_t* sign, uint32_t* active) {
@@ -52,7 +52,7 @@ SIGNVOTE_FLATTEN uint64_t vote_ternary_few(const uint32_t* const* signs, const u
   }
   const auto decide = [&](const auto& load_row) {
     Words parity = broadcast<uint64_t>(0), carries[kRows], bits[kTop + 1];
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) carries[i] = add_ballot(&parity, load_row(sign_row[i]), load_row(active_row[i]));
     bits[kTop] = count_bits<kTop, 0>(carries, bits);
     return quorum.decide(parity, bits, kTop);
@@ -69,13 +69,16 @@ SIGNVOTE_FLATTEN uint64_t vote_ternary_few(const uint32_t* const* signs, const u
 template <class Tile>
 class BallotGroup {
  public:
+  static constexpr int kBits = 3;
+  static constexpr size_t kRows = 1 << kBits;
+
   // `parity` has a register for each of the tile's, which is set by group 0.
   BallotGroup(const Tile& tile, const uint32_t* const* signs, const uint32_t* const* actives, size_t num_rows,
               size_t number, Words* parity)
       : tile_(tile), is_first_(number == 0), parity_(parity) {
     static const uint32_t kNoRow[kTile * kWords] = {};
-    for (size_t i = 0; i < kGroupRows; ++i) {
-      const size_t row = kGroupRows * number + i, next = row + kGroupRows;
+    for (size_t i = 0; i < kRows; ++i) {
+      const size_t row = kRows * number + i, next = row + kRows;
       sign_[i] = row < num_rows ? tile.begin(signs[row]) : kNoRow;
       active_[i] = row < num_rows ? tile.begin(actives[row]) : kNoRow;
       next_sign_[i] = next < num_rows ? tile.begin(signs[next]) : tile.after(signs[i]);
@@ -86,14 +89,14 @@ class BallotGroup {
   // Adds the ballots at register t to the parity and to the bits above it, and returns what is carried on.
   Words add_to(Words* low, size_t t) const {
     if (t * kWords % kLine == 0) {
-      for (size_t i = 0; i < kGroupRows; ++i) prefetch(next_sign_[i] + t * kWords);
-      for (size_t i = 0; i < kGroupRows; ++i) prefetch(next_active_[i] + t * kWords);
+      for (size_t i = 0; i < kRows; ++i) prefetch(next_sign_[i] + t * kWords);
+      for (size_t i = 0; i < kRows; ++i) prefetch(next_active_[i] + t * kWords);
     }
     Words parity = is_first_ ? broadcast<uint64_t>(0) : parity_[t];
     const auto load_carry = [&](size_t i) {
       return add_ballot(&parity, tile_.load(sign_[i], t), tile_.load(active_[i], t));
     };
-    const Words carry = add_rows<kGroupBits>(low, load_carry, 0);
+    const Words carry = add_rows<kBits>(low, load_carry, 0);
     parity_[t] = parity;
     return carry;
   }
@@ -102,13 +105,14 @@ class BallotGroup {
   const Tile& tile_;
   bool is_first_;
   Words* parity_;
-  const uint32_t *sign_[kGroupRows], *active_[kGroupRows], *next_sign_[kGroupRows], *next_active_[kGroupRows];
+  const uint32_t *sign_[kRows], *active_[kRows], *next_sign_[kRows], *next_active_[kRows];
 };
 
 SIGNVOTE_FLATTEN uint64_t vote_ternary_many(const uint32_t* const* signs, const uint32_t* const* actives,
                                             size_t num_rows, size_t numel, uint64_t quorum_size, uint32_t* sign,
                                             uint32_t* active) {
-  const size_t num_filled = (num_rows + kGroupRows - 1) / kGroupRows * kGroupRows;
+  constexpr size_t kRows = BallotGroup<FullTile>::kRows;
+  const size_t num_filled = (num_rows + kRows - 1) / kRows * kRows;
   const int top = highest_bit(num_filled);
   const Quorum quorum(num_filled, quorum_size);
   TernaryWriter writer(sign, active);
@@ -120,7 +124,7 @@ SIGNVOTE_FLATTEN uint64_t vote_ternary_many(const uint32_t* const* signs, const 
     const Group last = add_groups(counters, 0, tile, num_rows, make_group);
     write_tile(writer, tile, [&](size_t t) {
       Words bits[kMaxPlanes];
-      add_last_group(counters, 0, last, num_filled / kGroupRows - 1, top, t, bits);
+      add_last_group(counters, 0, last, last_group<Group>(num_rows), top, t, bits);
       return quorum.decide(parity[t], bits, top);
     });
   });
@@ -130,11 +134,9 @@ SIGNVOTE_FLATTEN uint64_t vote_ternary_many(const uint32_t* const* signs, const 
 uint64_t majority_vote_ternary(const uint32_t* const* signs, const uint32_t* const* actives, size_t num_rows,
                                size_t numel, uint64_t quorum, uint32_t* sign, uint32_t* active) {
   using VoteFew = uint64_t (*)(const uint32_t* const*, const uint32_t* const*, size_t, uint64_t, uint32_t*, uint32_t*);
-  static constexpr VoteFew kVoteFew[] = {
-      vote_ternary_few<1>,  vote_ternary_few<2>,  vote_ternary_few<3>,  vote_ternary_few<4>,
-      vote_ternary_few<5>,  vote_ternary_few<6>,  vote_ternary_few<7>,  vote_ternary_few<8>,
-      vote_ternary_few<9>,  vote_ternary_few<10>, vote_ternary_few<11>, vote_ternary_few<12>,
-      vote_ternary_few<13>, vote_ternary_few<14>, vote_ternary_few<15>, vote_ternary_few<16>};
+  static constexpr VoteFew kVoteFew[] = {vote_ternary_few<1>, vote_ternary_few<2>, vote_ternary_few<3>,
+                                         vote_ternary_few<4>, vote_ternary_few<5>, vote_ternary_few<6>,
+                                         vote_ternary_few<7>, vote_ternary_few<8>};
   constexpr size_t kFew = sizeof kVoteFew / sizeof *kVoteFew;
   if (num_rows <= kFew) return kVoteFew[num_rows - 1](signs, actives, numel, quorum, sign, active);
   return vote_ternary_many(signs, actives, num_rows, numel, quorum, sign, active);

@@ -32,7 +32,7 @@ inline Work on_array(size_t numel, uint64_t coins) { return {nullptr, numel, 0, 
 cudaError_t find_code();
 
 // Where `words` is null they are only counted. Where `counts` is not null it is set; it lies in device memory, as
-// `tied` does.
+// `tied` and `zeros` do.
 cudaError_t pack_signs(DType dtype, const void* x, const Work& work, Undecided zeros, uint32_t* words,
                        PackCounts* counts, cudaStream_t stream);
 
@@ -46,6 +46,17 @@ cudaError_t majority_vote(const uint32_t* rows, size_t num_rows, size_t stride, 
 
 cudaError_t unpack_signs(DType dtype, const uint32_t* words, const Work& work, uint64_t positive, void* out,
                          cudaStream_t stream);
+
+cudaError_t pack_ternary(DType dtype, const void* x, const Work& work, uint64_t limit, uint32_t* sign, uint32_t* active,
+                         PackCounts* counts, cudaStream_t stream);
+
+// Row i of each plane begins `stride` words after its row i - 1.
+cudaError_t majority_vote_ternary(const uint32_t* signs, const uint32_t* actives, size_t num_rows, size_t stride,
+                                  const Work& work, uint64_t quorum, uint32_t* sign, uint32_t* active, uint64_t* zeros,
+                                  cudaStream_t stream);
+
+cudaError_t unpack_ternary(DType dtype, const uint32_t* sign, const uint32_t* active, const Work& work,
+                           uint64_t positive, void* out, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace signvote

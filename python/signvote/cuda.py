@@ -77,19 +77,19 @@ def launch(
         pieces: Of an op on runs, what takes the place of the runs on the device.
         counts: Where to count what ``_core``'s function returns; nowhere unless given.
     """
-    native = getattr(find_module(), op, None)
-    if native is None:
-        raise NotImplementedError(f"{op}: there is no such kernel for {device}, expected tensors on the CPU")
     with _current(device) as (index, stream):
         of_runs = () if pieces is None else (pieces,)
-        native(*arguments, *of_runs, counts, index, stream.cuda_stream)
+        getattr(find_module(), op)(*arguments, *of_runs, counts, index, stream.cuda_stream)
         if pieces is not None:
             pieces.record_stream(stream)  # they may be freed before this is done, and belong to another stream
 
 
-def stacked(op: str, name: str, rows: list[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+def stacked(
+    op: str, name: str, rows: list[torch.Tensor], out: torch.Tensor, *, is_ternary: bool = False
+) -> torch.Tensor:
     """Rows of a vote in one tensor: the kernel finds them by their distance."""
     module = find_module()
+    check, planes = (module.check_ballot, 2) if is_ternary else (module.check_row, 1)
     for i, row in enumerate(rows):
-        module.check_row(op, name, i, row, rows[0].numel(), out)
+        check(op, name, i, row, rows[0].numel() // planes, out)
     return torch.stack(rows)

@@ -17,6 +17,7 @@ from signvote.arguments import (
     input_coordinates,
     input_words,
     scale_bits,
+    threshold_bits,
     written_coordinates,
     written_words,
 )
@@ -115,3 +116,47 @@ def unpack_runs(words: torch.Tensor, runs: DeviceRuns, bucket: torch.Tensor, *, 
     runs.check_device(op, device)
     positive = scale_bits(op, scale, dtype)
     cuda.launch(op, device, (source, runs.runs, dtype, positive, target), runs.pieces)
+
+
+def pack_ternary_runs(
+    bucket: torch.Tensor,
+    runs: DeviceRuns,
+    out: torch.Tensor,
+    counts: torch.Tensor,
+    *,
+    stride: int,
+    threshold: float = 0.0,
+) -> None:
+    """As :func:`signvote.runs.pack_ternary_runs`; how many abstain and are not finite goes to ``counts`` (int64, 2)."""
+    op = "pack_ternary_runs"
+    device = _cuda_device_of(op, "bucket", bucket)
+    source, dtype = input_coordinates(op, "bucket", bucket, device)
+    limit = threshold_bits(op, threshold, dtype)
+    words = written_words(op, "out", out, device)
+    runs.check_device(op, device, counts)
+    cuda.launch(op, device, (source, dtype, limit, runs.runs, stride, words), runs.pieces, counts)
+
+
+def vote_ternary_runs(
+    rows: torch.Tensor, runs: DeviceRuns, out: torch.Tensor, counts: torch.Tensor, *, stride: int, quorum: int = 1
+) -> None:
+    """As :func:`signvote.runs.vote_ternary_runs` on ``(M, S)`` words; how many are 0 goes to ``counts`` (int64, 1)."""
+    op = "vote_ternary_runs"
+    device = _cuda_device_of(op, "rows", rows)
+    stack = input_words(op, "rows", rows, device)
+    words = written_words(op, "out", out, device)
+    runs.check_device(op, device, counts)
+    cuda.launch(op, device, (stack, runs.runs, stride, quorum, words), runs.vote_pieces, counts)
+
+
+def unpack_ternary_runs(
+    words: torch.Tensor, runs: DeviceRuns, stride: int, bucket: torch.Tensor, *, scale: float = 1.0
+) -> None:
+    """As :func:`signvote.runs.unpack_ternary_runs`."""
+    op = "unpack_ternary_runs"
+    device = _cuda_device_of(op, "words", words)
+    source = input_words(op, "words", words, device)
+    target, dtype = written_coordinates(op, "bucket", bucket, device)
+    runs.check_device(op, device)
+    positive = scale_bits(op, scale, dtype)
+    cuda.launch(op, device, (source, runs.runs, stride, dtype, positive, target), runs.pieces)

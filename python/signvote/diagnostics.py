@@ -313,6 +313,9 @@ class GradientStatistics:
 
         Set the gradients to None or 0 before each ``backward()``: they add up otherwise.
 
+        Under :func:`~signvote.ddp.majority_vote_hook` ``.grad`` holds the vote. For the gradient of this worker, run
+        forward and backward within ``ddp.no_sync()``, or on ``ddp.module``.
+
         Args:
             gradients: One of
 
@@ -701,7 +704,7 @@ def _draw_shapes(axes: Axes, statistics: GradientStatistics) -> None:
             inside = np.clip(values, -4.0, 4.0)
             axes.hist(
                 inside,
-                bins=np.linspace(-4.0, 4.0, 81),
+                bins=np.linspace(-4.0, 4.0, 81).tolist(),
                 weights=np.full(values.size, 100 / values.size),
                 alpha=0.6,
                 label=label,

@@ -302,7 +302,7 @@ def pack_ternary(
         x: As in :func:`pack_signs`. NaN is 0, ±inf is not.
         threshold: 0 or more, inf included, which nothing is above. It is not rounded to the dtype of ``x``.
         out: ``(2, num_words(numel))`` words to write to, with any distance between the planes.
-        implementation: One of :func:`implementations`.
+        implementation: One of :func:`implementations`; None on a CUDA device.
         num_threads: As in :func:`pack_signs`.
 
     Returns:
@@ -311,7 +311,6 @@ def pack_ternary(
     Raises:
         TypeError: ``x`` or ``out`` has another type or dtype, or ``threshold`` is not a number.
         ValueError: As :func:`pack_signs`; ``out`` has another shape; ``threshold`` is negative or NaN.
-        NotImplementedError: ``x`` is on a CUDA device.
     """
     op = "pack_ternary"
     device = device_of(op, "x", x)
@@ -341,11 +340,11 @@ def majority_vote_ternary(
 
     Args:
         stack: ``(M, 2, W)`` words, whose rows and planes may lie at any distance from each other, or M arrays of
-            ``(2, W)`` words; M from 1 to 65535.
+            ``(2, W)`` words; M from 1 to 65535. On a CUDA device M tensors are first copied into one.
         quorum: 1 or more. Beyond M, all coordinates are 0.
         numel: How many coordinates the words hold; ``32 * W`` unless given.
         out: ``(2, W)`` words to write to, with any distance between the planes.
-        implementation: One of :func:`implementations`.
+        implementation: One of :func:`implementations`; None on a CUDA device.
         num_threads: As in :func:`pack_signs`.
 
     Returns:
@@ -354,11 +353,12 @@ def majority_vote_ternary(
     Raises:
         TypeError: ``stack`` or ``out`` has another type or dtype, or ``numel`` or ``quorum`` is not an integer.
         ValueError: As :func:`majority_vote`; ``stack`` or ``out`` has another shape; ``quorum`` is less than 1.
-        NotImplementedError: ``stack`` is on a CUDA device.
     """
     op = "majority_vote_ternary"
     rows, like, device = _input_stack(op, stack)
     result, planes = words_out(op, like, (2, _width_of(like)), out, device)
+    if isinstance(rows, list) and device is not CPU:
+        rows = cuda.stacked(op, "stack", rows, planes, is_ternary=True)
     _call(_core.majority_vote_ternary, device, (rows, numel, quorum, planes), implementation, num_threads)
     return result
 
@@ -380,7 +380,7 @@ def unpack_ternary(
     Args:
         planes: ``(2, num_words(numel))`` words, with any distance between the planes.
         numel, dtype, scale, out: As in :func:`unpack_signs`.
-        implementation: One of :func:`implementations`.
+        implementation: One of :func:`implementations`; None on a CUDA device.
         num_threads: As in :func:`pack_signs`.
 
     Returns:
@@ -388,7 +388,6 @@ def unpack_ternary(
 
     Raises:
         TypeError, ValueError: As :func:`unpack_signs`; ValueError also if ``planes`` has another shape.
-        NotImplementedError: ``planes`` is on a CUDA device.
     """
     op = "unpack_ternary"
     device = device_of(op, "planes", planes)

@@ -7,12 +7,14 @@ Tolerant" (ICLR 2019).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable
 from decimal import Decimal, localcontext
 from itertools import chain
 from numbers import Real
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -30,6 +32,11 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class _SignOptimizer(Optimizer):
     """What SignSGD and Signum share: everything but the momentum."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a checkpoint from before there was noise
+            group.update({"noise": 0.0, "seed": 0, "noise_steps": 0} | group)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
@@ -40,7 +47,7 @@ class _SignOptimizer(Optimizer):
 
     def _check_group(self, index: int) -> None:
         name, group = type(self).__name__, self.param_groups[index]
-        for option, upper in (("lr", math.inf), ("momentum", 1.0), ("weight_decay", math.inf)):
+        for option, upper in (("lr", math.inf), ("momentum", 1.0), ("weight_decay", math.inf), ("noise", math.inf)):
             if option not in group:
                 continue
             value = group[option]
@@ -48,6 +55,11 @@ class _SignOptimizer(Optimizer):
                 raise TypeError(f"{name}: {option} is a {type(value).__name__}, expected a float")
             if not 0 <= float(value) < upper:
                 raise ValueError(f"{name}: {option} is {value}, expected 0 <= {option} < {upper:g}")
+        seed = group["seed"]
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"{name}: seed is a {type(seed).__name__}, expected an int")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"{name}: seed is {seed}, expected 0 <= seed < 2**64")
         for i, p in enumerate(group["params"]):
             if p.dtype not in _DTYPES:
                 raise TypeError(
@@ -79,11 +91,19 @@ class _SignOptimizer(Optimizer):
                     "has no sign. Use dense gradients, for example torch.nn.Embedding(..., sparse=False)"
                 )
         with torch.no_grad():
+            first = 0
             for group in self.param_groups:
-                self._step_group(group)
+                self._step_group(group, first)
+                first += len(group["params"])
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step_group(self, group: dict[str, Any], first: int) -> None:
+        """Step with ``group``, whose parameters are the optimizer's from number ``first`` on."""
+        streams = None
+        if group["noise"] != 0:
+            numbers = _streams(group["seed"], group["noise_steps"], first, len(group["params"]))
+            streams = dict(zip(group["params"], numbers, strict=True))
+            group["noise_steps"] += 1
         params = [p for p in group["params"] if p.grad is not None]
         foreach = group["foreach"]
         if foreach is None:
@@ -94,9 +114,9 @@ class _SignOptimizer(Optimizer):
             for p in params:
                 batches[p.device, p.dtype].append(p)
             for batch in batches.values():
-                _multi_tensor_step(batch, self._momenta(batch), group)
+                _multi_tensor_step(batch, self._momenta(batch), streams, group)
         else:
-            _single_tensor_step(params, self._momenta(params), group)
+            _single_tensor_step(params, self._momenta(params), streams, group)
 
     def _momenta(self, params: list[Tensor]) -> list[Tensor] | None:
         return None
@@ -129,9 +149,23 @@ class SignSGD(_SignOptimizer):
         foreach (bool, optional): whether to use the foreach implementation, which gives the same bits. The default
             uses it where all parameters are on CUDA. It holds the signs of all parameters at a time, the other one
             those of a single parameter (default: None)
+        noise (float, optional): standard deviation :math:`\nu` of Gaussian noise on the update, next to steps of ±1
+            (default: 0)
+        seed (int, optional): of the noise, 0 <= seed < 2**64, the same on all workers (default: 0)
 
     .. note::
         A coordinate whose gradient is exactly 0 takes no step: sign(0) is 0.
+
+    .. note::
+        With ``noise`` the step is :math:`x \leftarrow x - \eta \, (\mathrm{sign}(g) + \nu n + \lambda x)`, where
+        :math:`n` is drawn from the normal distribution for every coordinate of the parameters that have a gradient
+        in this step, also where that is 0. The paper proposes it in section 6, as it might help Signum to generalise.
+        It is a function of the seed, the number of noisy steps, the parameter's place in the optimizer and the
+        coordinate's in the parameter, so that all workers draw the same and nothing is sent. Neither the kind of CPU
+        nor a GPU makes a difference (no GPU has run it yet). The values are the 65,536 quantiles at
+        :math:`(k + 1/2) / 65536`: none is beyond 4.33, and the variance is 1 to within 0.003 %. ``noise`` may differ
+        between groups, and may change: a schedule sets ``group["noise"]``. A checkpoint holds all of it in the groups,
+        and continues bit for bit.
 
     .. note::
         NaN or infinity in a gradient makes the parameter NaN, as it would in other optimizers. ``torch.sign`` alone
@@ -162,8 +196,19 @@ class SignSGD(_SignOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         foreach: bool | None = None,
+        noise: float = 0.0,
+        seed: int = 0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "foreach": foreach})
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "noise": noise,
+            "seed": seed,
+            "noise_steps": 0,
+        }
+        super().__init__(params, defaults)
 
 
 class Signum(_SignOptimizer):
@@ -192,6 +237,12 @@ class Signum(_SignOptimizer):
         foreach (bool, optional): whether to use the foreach implementation, which gives the same bits. The default
             uses it where all parameters are on CUDA. It holds the signs of all parameters at a time, the other one
             those of a single parameter (default: None)
+        noise (float, optional): standard deviation :math:`\nu` of Gaussian noise on the update, next to steps of ±1
+            (default: 0)
+        seed (int, optional): of the noise, 0 <= seed < 2**64, the same on all workers (default: 0)
+
+    .. note::
+        ``noise`` is that of :class:`SignSGD`: :math:`x \leftarrow x - \eta \, (\mathrm{sign}(v) + \nu n + \lambda x)`.
 
     .. note::
         The momentum is float32 for float16 and bfloat16 parameters, also after ``load_state_dict``: in bfloat16
@@ -226,6 +277,8 @@ class Signum(_SignOptimizer):
         weight_decay: float = 0.0,
         maximize: bool = False,
         foreach: bool | None = None,
+        noise: float = 0.0,
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -233,6 +286,9 @@ class Signum(_SignOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "foreach": foreach,
+            "noise": noise,
+            "seed": seed,
+            "noise_steps": 0,
         }
         super().__init__(params, defaults)
 
@@ -274,10 +330,14 @@ def _underflow(momentum: Tensor) -> float:
 
 
 # In both implementations, adding v with alpha=0 leaves the sign of a finite number alone and makes NaN of the others.
+# Noise is added in steps that each round once, in every kernel of torch: x + a·y may be rounded once or twice, except
+# where a is 1 or -1 or y is.
 
 
-def _single_tensor_step(params: list[Tensor], momenta: list[Tensor] | None, group: dict[str, Any]) -> None:
-    lr, weight_decay = group["lr"], group["weight_decay"]
+def _single_tensor_step(
+    params: list[Tensor], momenta: list[Tensor] | None, streams: dict[Tensor, int] | None, group: dict[str, Any]
+) -> None:
+    lr, weight_decay, maximize = group["lr"], group["weight_decay"], group["maximize"]
     for i, (p, grad) in enumerate(zip(params, _grads(params), strict=True)):
         if momenta is None:
             v = grad.to(_momentum_dtype(p))
@@ -287,11 +347,16 @@ def _single_tensor_step(params: list[Tensor], momenta: list[Tensor] | None, grou
             signs = v.mul(_underflow(v)).sign_().add_(v, alpha=0)
         if weight_decay != 0:
             p.mul_(1 - lr * weight_decay)
-        p.add_(signs, alpha=lr if group["maximize"] else -lr)
+        if streams is None:
+            p.add_(signs, alpha=lr if maximize else -lr)
+        else:
+            p.sub_(_normal(p, streams[p]).mul_(group["noise"]).add_(signs, alpha=-1 if maximize else 1).mul_(lr))
 
 
-def _multi_tensor_step(params: list[Tensor], momenta: list[Tensor] | None, group: dict[str, Any]) -> None:
-    lr, weight_decay, grads = group["lr"], group["weight_decay"], _grads(params)
+def _multi_tensor_step(
+    params: list[Tensor], momenta: list[Tensor] | None, streams: dict[Tensor, int] | None, group: dict[str, Any]
+) -> None:
+    lr, weight_decay, maximize, grads = group["lr"], group["weight_decay"], group["maximize"], _grads(params)
     if momenta is None:
         grads = [grad.to(_momentum_dtype(p)) for p, grad in zip(params, grads, strict=True)]
         signs = torch._foreach_sign(grads)
@@ -304,7 +369,47 @@ def _multi_tensor_step(params: list[Tensor], momenta: list[Tensor] | None, group
         torch._foreach_add_(signs, momenta, alpha=0)
     if weight_decay != 0:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_add_(params, signs, alpha=lr if group["maximize"] else -lr)
+    if streams is None:
+        torch._foreach_add_(params, signs, alpha=lr if maximize else -lr)
+    else:
+        updates = [_normal(p, streams[p]) for p in params]
+        torch._foreach_mul_(updates, group["noise"])
+        torch._foreach_add_(updates, signs, alpha=-1 if maximize else 1)
+        torch._foreach_mul_(updates, lr)
+        torch._foreach_sub_(params, updates)
+
+
+# -- Noise ------------------------------------------------------------------------------------------------------------
+# Integers and a table: torch.randn gives other bits on another kind of CPU, and other numbers on a GPU.
+
+
+def _normal(p: Tensor, stream: int) -> Tensor:
+    """Normal noise in the shape of p: 16-bit digit i % 4 of mix(stream + i // 4) is the number of i's quantile."""
+    words = torch.arange(-(-p.numel() // 4), dtype=torch.int64, device=p.device).add_(stream)
+    digits = _mix_(words).view(torch.int16)[: p.numel()].to(torch.int32).bitwise_and_(0xFFFF)
+    return _quantiles(p.device, _momentum_dtype(p)).index_select(0, digits).view(p.shape)
+
+
+def _streams(seed: int, step: int, first: int, count: int) -> list[int]:
+    """mix(mix(mix(seed) + step) + i) for i = first, first + 1, ..."""
+    start = _mix_(torch.tensor([seed - 2**64 if seed >= 2**63 else seed])).add_(step)
+    numbers: list[int] = _mix_(_mix_(start) + torch.arange(first, first + count)).tolist()
+    return numbers
+
+
+def _mix_(x: Tensor) -> Tensor:
+    """One step of splitmix64 in place, for int64 taken as unsigned."""
+    x.add_(0x9E3779B97F4A7C15 - 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
+        x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
+    return x.bitwise_xor_((x >> 31).bitwise_and_(2**33 - 1))
+
+
+@functools.cache
+def _quantiles(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Those of the normal distribution at (k + 1/2) / 65536, as float32 numbers: no rounding of a logarithm shows."""
+    lower = [NormalDist().inv_cdf((k + 0.5) / 65536) for k in range(32768)]
+    return torch.tensor([*lower, *(-x for x in reversed(lower))], dtype=torch.float32).to(device, dtype)
 
 
 def signum_warmup_steps(beta: float) -> int:

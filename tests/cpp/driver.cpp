@@ -40,10 +40,16 @@ enum Op : int64_t {
   kAddCounts,
   kDecideCounts,
   kDecideCountsTernary,
+  kPackTernary,
+  kMajorityVoteTernary,
+  kUnpackTernary,
+  kAddCountsTernary,
   kNumOps
 };
-constexpr const char* kOpNames[] = {"pack_signs",   "pack_momentum", "has_nonfinite", "majority_vote",
-                                    "unpack_signs", "add_counts",    "decide_counts", "decide_counts_ternary"};
+constexpr const char* kOpNames[] = {
+    "pack_signs",     "pack_momentum",     "has_nonfinite",         "majority_vote", "unpack_signs",
+    "add_counts",     "decide_counts",     "decide_counts_ternary", "pack_ternary",  "majority_vote_ternary",
+    "unpack_ternary", "add_counts_ternary"};
 constexpr const char* kDTypeNames[] = {"float32", "float64", "float16", "bfloat16"};
 constexpr size_t kItemSizes[] = {4, 8, 2, 2};
 
@@ -52,8 +58,10 @@ struct Header {
   int64_t op, dtype, undecided, numel;
   int64_t num_rows;  // or planes
   uint64_t coins, positive;
-  uint64_t limits[2];  // of counters: the addends that are not null, as bits; num_votes; negative_below, positive_from
-  int64_t counts[2];   // what the op should return
+  // Of counters: the addends that are not null, as bits; num_votes; negative_below, positive_from; the weight. Of
+  // pack_ternary: limit. Of majority_vote_ternary: quorum.
+  uint64_t limits[2];
+  int64_t counts[2];  // what the op should return
   MomentumCoefficients coefficients;
 };
 
@@ -175,6 +183,7 @@ std::vector<Word*> rows_of(const Header& h, Byte* data) {
 std::string run(const Kernels& kernels, const Case& c, Buffers& buffers, Placement placement) {
   const Header& h = c.header;
   const auto numel = static_cast<size_t>(h.numel);
+  const size_t width = (numel + 31) / 32;
   const auto undecided = static_cast<Undecided>(h.undecided);
   int64_t counts[2] = {0, 0};
   std::string wrong;
@@ -227,8 +236,37 @@ std::string run(const Kernels& kernels, const Case& c, Buffers& buffers, Placeme
     }
     case kDecideCountsTernary: {
       const auto planes = rows_of<const uint32_t>(h, in);
-      kernels.decide_counts_ternary(planes.data(), planes.size(), h.limits[0], h.limits[1], numel, out_words,
-                                    out_words + (numel + 31) / 32);
+      counts[0] = static_cast<int64_t>(kernels.decide_counts_ternary(planes.data(), planes.size(), h.limits[0],
+                                                                     h.limits[1], numel, out_words, out_words + width));
+      break;
+    }
+    case kPackTernary: {
+      const PackCounts found = kernels.pack_ternary[h.dtype](in, numel, h.limits[0], out_words, out_words + width);
+      counts[0] = static_cast<int64_t>(found.zeros);
+      counts[1] = static_cast<int64_t>(found.nonfinite);
+      break;
+    }
+    case kMajorityVoteTernary: {  // a row is a plane
+      const auto planes = rows_of<const uint32_t>(h, in);
+      std::vector<const uint32_t*> signs, actives;
+      for (size_t i = 0; i < planes.size(); i += 2) {
+        signs.push_back(planes[i]);
+        actives.push_back(planes[i + 1]);
+      }
+      counts[0] = static_cast<int64_t>(kernels.majority_vote_ternary(signs.data(), actives.data(), signs.size(), numel,
+                                                                     h.limits[0], out_words, out_words + width));
+      break;
+    }
+    case kUnpackTernary: {
+      const auto* planes = reinterpret_cast<const uint32_t*>(in);
+      kernels.unpack_ternary[h.dtype](planes, planes + width, numel, h.positive, out);
+      break;
+    }
+    case kAddCountsTernary: {
+      if (!c.inputs[1].empty()) memcpy(out, c.inputs[1].data(), c.inputs[1].size());
+      const auto* planes = reinterpret_cast<const uint32_t*>(in);
+      const auto counters = rows_of<uint32_t>(h, out);
+      kernels.add_counts_ternary(counters.data(), counters.size(), planes, planes + width, h.limits[0], numel);
       break;
     }
     default:
@@ -291,6 +329,15 @@ bool read_case(FILE* file, Case* c) {
       break;
     case kDecideCounts:
       input(planes), output(words);
+      break;
+    case kPackTernary:
+      input(coordinates), output(2 * words);
+      break;
+    case kUnpackTernary:
+      input(2 * words), output(coordinates);
+      break;
+    case kAddCountsTernary:
+      input(2 * words), input(planes), output(planes);
       break;
     default:
       input(planes), output(2 * words);

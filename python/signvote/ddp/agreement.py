@@ -14,7 +14,7 @@ import torch
 from signvote.ddp.channel import Channel
 
 #: Raised whenever the words, the layout or the trailer of a message change their meaning, or the way that it takes.
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 _MAX_DESCRIPTION_BYTES = 1 << 16
 

@@ -2,27 +2,28 @@
 
 # No `from __future__ import annotations` here: DDP compares the hook's annotations with the classes themselves.
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from signvote import _core, cuda
 from signvote.ddp import trailer
+from signvote.ddp.ballot import Ballot
 from signvote.ddp.channel import Channel
 from signvote.ddp.codec import DeviceError
-from signvote.ddp.state import BucketPlan, MajorityVoteState
-from signvote.ddp.trailer import Trailer, vote_tag
-from signvote.runs import vote_runs
-from signvote.tally import VoteTally
+from signvote.ddp.numbers import Numbers
+from signvote.ddp.options import MEAN_ABS, Phase, Threshold
+from signvote.ddp.plan import BucketPlan
+from signvote.ddp.state import MajorityVoteState
+from signvote.ddp.trailer import vote_tag
 
-# What a coin is drawn for.
-_ZEROS, _TIES = range(2)
+# What random numbers are drawn for.
+_ZEROS, _TIES, _DITHER = range(3)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class _Vote:
     channel: Channel
     plan: BucketPlan
     step: int
+    phase: Phase
     index: int
     name: str  # for errors: rank, step and bucket
     buffer: torch.Tensor
@@ -72,12 +74,14 @@ def majority_vote_hook(
         _check_parameters(bucket)
     channel = state.channel()
     step = state.begin(channel, bucket.index())
-    plan = state.plan(channel, bucket)
+    phase = state.phase
+    plan = state.plan(channel, bucket, phase)
     vote = _Vote(
         state=state,
         channel=channel,
         plan=plan,
         step=step,
+        phase=phase,
         index=bucket.index(),
         name=state.vote_name(channel, bucket.index()),
         buffer=bucket.buffer(),
@@ -165,17 +169,28 @@ def _check_parameters(bucket: dist.GradBucket) -> None:  # type: ignore[name-def
 def _pack(vote: _Vote) -> None:
     state, plan = vote.state, vote.plan
     try:
-        plan.codec.pack(
-            vote.buffer,
-            plan.momentum,
-            state.options.coefficients,
-            zeros=state.options.zeros,
-            seed=_derive(state.options.seed, _ZEROS, vote.step, vote.channel.rank),
-            is_last=vote.is_last,
-        )
+        plan.codec.pack(vote.buffer, plan.momentum, _ballot(vote), is_last=vote.is_last)
     except DeviceError as error:
         _fail(vote, error)
-    state.counters.coordinates += plan.layout.numel
+    state.counters.coordinates += plan.layout.voted_numel
+
+
+def _ballot(vote: _Vote) -> Ballot:
+    options, loss_scale = vote.state.options, vote.state.loss_scale
+    draw = options.seed, vote.step, vote.channel.rank
+    threshold = options.threshold
+    if threshold is not None and not (threshold.is_relative or options.has_momentum):
+        threshold = Threshold(threshold.value * loss_scale, is_relative=False)
+    return Ballot(
+        coefficients=options.coefficients(vote.phase, loss_scale),
+        zeros=options.zeros,
+        seed=_derive(_ZEROS, *draw),
+        threshold=threshold,
+        dither=options.dither_at(vote.step),
+        dither_seed=lambda place: _derive(_DITHER, *draw, place),
+        has_magnitudes=vote.plan.numbers.magnitudes > 0,
+        is_finite_only=options.nonfinite == "ignore",
+    )
 
 
 def _fail(vote: _Vote, error: Exception) -> NoReturn:
@@ -185,16 +200,32 @@ def _fail(vote: _Vote, error: Exception) -> NoReturn:
 
 
 def _finish_message(vote: _Vote) -> None:
-    """Wait for the words, and put the trailer behind them."""
-    plan, counters = vote.plan, vote.state.counters
-    zeros, nonfinite = plan.codec.packed()
-    Trailer(
-        nonfinite=nonfinite,
-        first_rank=vote.channel.rank + 1 if nonfinite else 0,
-        ties=0,
+    """Wait for the words, and put numbers and the trailer behind them."""
+    state, plan = vote.state, vote.plan
+    packed = plan.codec.packed()
+    sent = plan.exchange.sent
+    if plan.numbers.size:
+        plan.sent.numbers_of(sent)[:] = _numbers(vote, packed.magnitudes)
+    trailer.Sent(
+        nonfinite=packed.nonfinite,
+        first_rank=vote.channel.rank + 1 if packed.nonfinite else 0,
+        weight=state.weight,
         tag=vote_tag(vote.step, vote.index, plan.layout.numel),
-    ).write(plan.exchange.sent.numpy())
-    counters.zeros += zeros
+    ).write(sent.numpy())
+    state.counters.zeros += packed.zeros
+
+
+def _numbers(vote: _Vote, magnitudes: Numbers) -> Numbers:
+    """What this rank sends."""
+    plan = vote.plan
+    numbers = np.zeros(plan.numbers.size, np.float32)
+    progress, loss_scale, sent_magnitudes, agreements = plan.numbers.split(numbers)
+    progress[:] = vote.state.switching.own()
+    loss_scale[:] = vote.state.loss_scale
+    sent_magnitudes[:] = magnitudes
+    if agreements.size:
+        agreements[:] = vote.state.agreement_rates.own(plan.voted_places)
+    return numbers
 
 
 def _exchange(vote: _Vote, future: "torch.futures.Future[Any]", returned: "torch.futures.Future[Any]") -> None:
@@ -208,7 +239,8 @@ def _exchange(vote: _Vote, future: "torch.futures.Future[Any]", returned: "torch
             try:
                 _finish_message(vote)  # also after a failure: what packs must be over before the memory it uses may go
                 if state.failure is None:
-                    vote.plan.exchange.run(vote.channel, _Voter(vote))
+                    vote.plan.begin_vote(_derive(_TIES, state.options.seed, vote.step))
+                    vote.plan.exchange.run(vote.channel, vote.plan.voter)
             except Exception as error:
                 state.fail(f"{vote.name}: {error}")
             future.set_result(state.failure)
@@ -216,43 +248,6 @@ def _exchange(vote: _Vote, future: "torch.futures.Future[Any]", returned: "torch
         state.fail(f"{vote.name}: {error}")
         if not returned.done():
             returned.set_result(state.failure)  # DDP raises an error of its own, which quotes what is not a tensor
-
-
-class _Voter:
-    """The vote of this rank's shard, and what its trailers say together."""
-
-    def __init__(self, vote: _Vote) -> None:
-        self._vote = vote
-        state = vote.state
-        self._chosen: dict[str, Any] = {
-            "implementation": state.implementation,
-            "num_threads": vote.plan.codec.num_threads_of_worker,
-        }
-        self._ties: dict[str, Any] = {
-            "ties": state.options.ties,
-            "seed": _derive(state.options.seed, _TIES, vote.step),
-            **self._chosen,
-        }
-
-    def vote(self, received: torch.Tensor, voted: torch.Tensor) -> None:
-        with self._timed():
-            ties = vote_runs(received, self._vote.plan.voter_runs, voted.view(-1), **self._ties)
-            trailer.combine(received.numpy(), ties).write(voted.numpy())
-
-    def add(self, tally: VoteTally[torch.Tensor], message: torch.Tensor) -> None:
-        with self._timed():
-            tally.add(message, **self._chosen)
-
-    def decide(self, tally: VoteTally[torch.Tensor], trailers: torch.Tensor, voted: torch.Tensor) -> None:
-        with self._timed():
-            ties = tally.decide_runs(self._vote.plan.voter_runs, voted.view(-1), **self._ties)
-            trailer.combine(trailers.numpy(), ties).write(voted.numpy())
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._vote.state.counters.vote_seconds += time.perf_counter() - start
 
 
 def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
@@ -263,8 +258,8 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
     if result.tag != vote_tag(vote.step, vote.index, plan.layout.numel):
         state.fail(f"{vote.name}: vote: ranks are out of step: not all sent this bucket of this step")
         raise RuntimeError(state.failure)
-    counters.voted += plan.layout.numel
-    counters.ties += result.ties
+    counters.voted += plan.layout.voted_numel
+    counters.ties += result.undecided
     counters.nonfinite += result.nonfinite
     if state.is_aborted:
         raise RuntimeError(f"{vote.name}: an earlier bucket of this step has raised")
@@ -275,18 +270,43 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
             f"the lowest rank that has any is {result.first_rank - 1}"
         )
     try:
-        if result.nonfinite and state.options.nonfinite == "propagate":
+        scale = _learn(vote)
+        is_filled = result.nonfinite > 0 and state.options.nonfinite == "propagate"
+        if state.switching.needs_progress and not vote.phase.is_dense:
+            dot = None if is_filled else plan.codec.progress(vote.buffer)
+            stepped = plan.layout.voted_numel - (result.undecided if plan.result.num_planes == 2 else 0)
+            state.switching.add(dot, stepped, state.loss_scale)
+        if is_filled:
             plan.codec.fill(vote.buffer, torch.nan)
         else:
-            plan.codec.unpack(vote.buffer, scale=state.options.scale)
+            plan.codec.unpack(vote.buffer, scale=scale)
         plan.codec.hand_over()
     except DeviceError as error:
         _fail(vote, error)
     return vote.buffer
 
 
-def _derive(seed: int, *parts: int) -> int:
-    """A seed for one purpose: equal parts give equal coins, other parts independent ones."""
-    for part in parts:
+def _learn(vote: _Vote) -> float | Sequence[float]:
+    """What the numbers say that came back; returns the scale of the vote."""
+    state, plan, scale = vote.state, vote.plan, vote.state.options.scale
+    if plan.numbers.agreements:
+        state.agreement_rates.compare(plan.sent, plan.result, plan.exchange.sent, plan.exchange.result)
+    if plan.numbers.size:
+        learned = plan.result.numbers_of(plan.exchange.result)[0]
+        progress, loss_scale, magnitudes, agreements = plan.numbers.split(learned)
+        if progress.size:
+            state.switching.learn(float(progress[0]))
+        if agreements.size:
+            state.agreement_rates.learn(plan.voted_places, agreements)
+        if scale == MEAN_ABS:
+            return [float(magnitude) for magnitude in magnitudes]
+        if loss_scale.size:
+            return float(loss_scale[0])
+    return 1.0 if isinstance(scale, str) else scale
+
+
+def _derive(purpose: int, seed: int, *parts: int) -> int:
+    """A seed for one purpose: equal parts give equal draws, other parts independent ones."""
+    for part in (purpose, *parts):
         seed = _core.mix((_core.mix(seed) + part) % 2**64)
     return seed

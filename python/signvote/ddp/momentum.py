@@ -1,6 +1,6 @@
 """Each parameter's momentum, whatever buckets DDP puts the parameters in."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 
@@ -20,8 +20,16 @@ class MomentumByPlace:
         for place, momentum in sorted(self._momentum.items()):
             yield place, momentum.to("cpu", copy=True)
 
-    def gather(self, parameters: Sequence[torch.Tensor], places: Sequence[int], bucket: torch.Tensor) -> torch.Tensor:
+    def gather(
+        self,
+        parameters: Sequence[torch.Tensor],
+        places: Sequence[int],
+        bucket: torch.Tensor,
+        without: Container[int] = (),
+    ) -> torch.Tensor:
         """The momentum of ``bucket``, on its device, flat, in the order of its coordinates.
+
+        Parameters at the places ``without`` have none: theirs is memory that nobody reads.
 
         float32, or float64 for float64 gradients: (1 - β)·g would be lost in a bfloat16 m.
         """
@@ -30,6 +38,8 @@ class MomentumByPlace:
         flat = bucket.new_zeros(sum(numels), dtype=wide)
         pieces = torch.split(flat, numels)
         for parameter, place, piece in zip(parameters, places, pieces, strict=True):
+            if place in without:
+                continue
             view = _in_memory_order_of(parameter, piece)
             if place in self._momentum:
                 momentum = self._momentum[place]

@@ -1,45 +1,28 @@
 """The state of the hook: options, each parameter's momentum, the step, and how they are saved."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal, SupportsIndex, overload
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
 from signvote.ddp import checkpoint
+from signvote.ddp.advice import Advice
 from signvote.ddp.agreement import WIRE_VERSION, DisagreementError, check_agreement
+from signvote.ddp.agreement_rates import AgreementRates
 from signvote.ddp.channel import Channel
-from signvote.ddp.codec import Codec, Streams, new_codec
-from signvote.ddp.layout import BucketLayout
+from signvote.ddp.codec import Streams
+from signvote.ddp.exclude import Exclude, resolve
+from signvote.ddp.hybrid import CalibratedSwitch
 from signvote.ddp.momentum import MomentumByPlace
-from signvote.ddp.options import VoteOptions
-from signvote.ddp.stats import Counters, Traffic, VoteStats
-from signvote.ddp.topology import Exchange, chosen, new_exchange, num_shards
-from signvote.ddp.trailer import TRAILER_WORDS
-
-
-@dataclass
-class BucketPlan:
-    """What the votes of one bucket have in common, until DDP changes the bucket."""
-
-    parameters: list[torch.Tensor]
-    dtype: torch.dtype
-    layout: BucketLayout
-    exchange: Exchange
-    codec: Codec
-    voter_runs: npt.NDArray[np.int64]  # of the shard on which this rank votes
-    momentum: torch.Tensor | None  # flat, in the order of the bucket's buffer
-
-    def fits(self, parameters: list[torch.Tensor], dtype: torch.dtype) -> bool:
-        return (
-            self.dtype == dtype
-            and len(self.parameters) == len(parameters)
-            and all(ours is theirs for ours, theirs in zip(self.parameters, parameters, strict=True))
-        )
+from signvote.ddp.options import LOSS_SCALE, MEAN_ABS, Phase, VoteOptions
+from signvote.ddp.plan import BucketPlan, new_plan
+from signvote.ddp.stats import Counters, ParameterStats, Traffic, VoteStats
+from signvote.ddp.switching import Switching
+from signvote.ddp.trailer import MAX_WEIGHT
 
 
 class MajorityVoteState:
@@ -50,12 +33,16 @@ class MajorityVoteState:
 
     Memory per coordinate: 4 bytes of momentum (8 for float64, none with ``momentum=0.0``) and, for messages between M
     ranks, 3 bits if ``"sharded"``, M + 2 bits if ``"allgather"``, and if ``"server"`` 2 bits, on rank 0 two more
-    and as many as M has in base 2. From the second step on nothing of that size is allocated, apart from what gloo
-    itself needs for a collective. If the gradients are on a CUDA device, so are the momentum and 2.4 more bits: what is
-    packed, what was voted and tables of where they lie, of which the hook does not need those for votes on the device
-    (0.1 bits). The messages that this rank packs and unpacks are then in pinned host memory, whose blocks torch rounds
-    up to powers of two; what it receives from others is not pinned. All gradients of a state are on one device. (No GPU
-    has run it yet.)
+    and as many as M has in base 2. With abstention it is twice as much and, with momentum or noise, two bits more;
+    where the mean is taken, 32 times as much (for float32). Weights, and ``ties="zero"`` without abstention, count
+    votes one after another, in as many bits more as their sum has in base 2. From the second step on nothing of that
+    size is allocated, apart from what gloo itself needs for a collective, and a copy of each bucket in turn with noise
+    or a relative threshold.
+
+    If the gradients are on a CUDA device, so are the momentum and 2.4 more bits: what is packed, what was voted and
+    tables of where they lie, of which the hook does not need those for votes on the device (0.1 bits). The messages
+    that this rank packs and unpacks are then in pinned host memory, whose blocks torch rounds up to powers of two; what
+    it receives from others is not pinned. All gradients of a state are on one device. (No GPU has run it yet.)
 
     Args:
         process_group: The ranks that vote. Default: all. A gloo group of its own is made over the same ranks, so the
@@ -65,16 +52,43 @@ class MajorityVoteState:
             float32 (float64 for float64 parameters).
         zeros: The bit of a coordinate that is exactly zero: ``"coin"`` (a reproducible coin, different on each rank,
             so that nothing drifts), ``"positive"`` or ``"negative"``.
-        ties: The result where as many ranks say + as -: ``"coin"`` (the same on all ranks), ``"positive"`` or
-            ``"negative"``.
-        scale: The gradient that comes out is ±scale.
+        ties: The result where as many ranks say + as -: ``"coin"`` (the same on all ranks), ``"positive"``,
+            ``"negative"``, or ``"zero"``, for which the vote takes two bits on its way back.
+        scale: The gradient that comes out is ±scale. ``"mean_abs"``: for each parameter the mean absolute gradient, a
+            mean over its coordinates and over the ranks, so that gradient norms, clipping and Adam keep their meaning.
+            A ``GradScaler``: the factor by which it has multiplied the loss, so that ±1 is left when it has unscaled
+            the gradients; momentum is then that of the unscaled gradients. It is not saved.
         topology: ``"sharded"`` (every rank is the server of one shard), ``"allgather"`` (every rank votes on
             everything), ``"server"`` (rank 0 is the server) or ``"auto"`` (``"allgather"`` between two ranks, and for
             buckets so small that a rank sends at most 16 KiB more than if ``"sharded"``, because it has one phase and
             not two; otherwise ``"sharded"``). All give the same bits.
         nonfinite: What a NaN or inf on any rank does: ``"propagate"`` fills the bucket with NaN on all ranks, which
             is what ``GradScaler`` looks for; ``"raise"`` raises on all ranks; ``"ignore"`` votes on.
-        seed: Seed of the coins.
+        abstain: Majority vote with abstention (Bernstein et al. 2018, section 6), of two bits each way. True: a rank
+            has no vote on a coordinate where its gradient, or what it would send, is exactly zero. A number: nor where
+            what it would send is no larger than that. ``"rms:0.1"``: no larger than 0.1 times the root mean square of
+            what it would send for the parameter. A coordinate on which nobody votes becomes 0 and does not move: rows
+            of an embedding, unused parameters, and ranks that have joined.
+        quorum: By how many votes one sign must lead, otherwise the coordinate becomes 0: an integer, or a float, the
+            share of all ranks' votes. With a quorum other than 1 ties are zero.
+        warmup_steps: Steps, from the first, in which momentum is kept up and the signs of the gradients are sent:
+            the warm-up of Theorem 3. ``"theory"``: as many as it asks for, see
+            :func:`signvote.optim.signum_warmup_steps`.
+        dense_steps: Steps, from the first, in which the mean of the gradients in full precision takes the place of the
+            vote, while momentum is kept up.
+        exclude: Parameters of which the mean is taken instead of the vote, within the same messages: names, patterns,
+            functions of name and parameter, see :func:`signvote.ddp.exclude.resolve`. The state must know the
+            parameters' names (:func:`attach` tells it). The mean is that of float32 (float64 for float64) sums in the
+            order of the ranks: the same bits on all of them.
+        dither: Standard deviation of Gaussian noise that is added before the sign, relative to the root mean square
+            of what is sent for the parameter; or a function of the step, from 1 on, that returns it. A remedy where
+            ranks have different data: the vote's expectation then grows with the mean (Chen et al. 2020). Each rank
+            draws its own, from the seed, the step and the parameter's place: a resumed job draws the same.
+        track_agreement: Whether ``stats(per_parameter=True)`` can tell how far the ranks agree; two numbers per
+            parameter travel with the vote.
+        weight: This rank's vote counts as so many, 1 to 65535: for batches or machines of unequal size. It need not be
+            the same on all ranks, and may be set anew between steps (``state.weight``). Means are weighted as well.
+        seed: Seed of the coins and of the noise.
         timeout: How long a rank waits for another before it raises. Default: the timeout of ``process_group``.
         implementation: The CPU's kernels to use, see :func:`signvote.implementations`. Default: the best.
 
@@ -89,9 +103,17 @@ class MajorityVoteState:
         momentum: float | tuple[float, float] = 0.9,
         zeros: str = "coin",
         ties: str = "coin",
-        scale: float = 1.0,
+        scale: float | str | torch.amp.GradScaler = 1.0,
         topology: str = "sharded",
         nonfinite: str = "propagate",
+        abstain: bool | float | str = False,
+        quorum: int | float = 1,
+        warmup_steps: int | str = 0,
+        dense_steps: int = 0,
+        exclude: Exclude = None,
+        dither: float | Callable[[int], float] = 0.0,
+        track_agreement: bool = False,
+        weight: int = 1,
         seed: int = 0,
         timeout: timedelta | None = None,
         implementation: str | None = None,
@@ -100,11 +122,20 @@ class MajorityVoteState:
             momentum=momentum,
             zeros=zeros,
             ties=ties,
-            scale=scale,
+            scale=LOSS_SCALE if isinstance(scale, torch.amp.GradScaler) else scale,
             topology=topology,
             nonfinite=nonfinite,
+            abstain=abstain,
+            quorum=quorum,
+            warmup_steps=warmup_steps,
+            dense_steps=dense_steps,
+            dither=dither,
+            track_agreement=track_agreement,
             seed=seed,
         )
+        self.grad_scaler = scale if isinstance(scale, torch.amp.GradScaler) else None
+        self.weight = weight
+        self._exclude = exclude
         self.timeout = timeout
         self.implementation = implementation
         # The group of all ranks is found when it is needed, also after it was destroyed and made anew.
@@ -117,11 +148,16 @@ class MajorityVoteState:
         self._traffic = Traffic()
         # What is tied to live objects: parameters, buckets, the process group.
         self._places: dict[torch.Tensor, int] = {}
+        self._excluded: frozenset[int] = frozenset()
+        self.loss_scale = 1.0  # by which the gradients of this step are multiplied, as far as the hook must know
+        self.agreement_rates = AgreementRates()
+        self.switching = Switching(None, None, None)
         self._plans: dict[int, BucketPlan] = {}
         self._device: torch.device | None = None
         self._streams: Streams | None = None
         self._last_bucket = -1
         self._channel: Channel | None = None
+        self._advice: Advice | None = None
         self._failure: str | None = None
         # DDP stops at the first bucket that raises: those behind it must not write into gradients any more.
         self.is_aborted = False
@@ -144,8 +180,10 @@ class MajorityVoteState:
         names = [name for name, _ in named]
         if self._names is not None and self._names != names:
             raise ValueError(f"name_parameters: names: expected those of the saved state, {self._names}, got {names}")
+        excluded = set(resolve(self._exclude, named))
         self._names = names
         self._places = {parameter: place for place, (_, parameter) in enumerate(named)}
+        self._excluded = frozenset(place for place, name in enumerate(names) if name in excluded)
 
     def _place(self, parameter: torch.Tensor) -> int:
         """Index of ``parameter`` in the model; without names, in the order in which DDP first showed them."""
@@ -174,9 +212,29 @@ class MajorityVoteState:
                 self._channel = Channel(self.process_group, self.timeout, self._traffic)
             except Exception as error:
                 raise RuntimeError(f"signvote: rank {dist.get_rank(self.process_group)}: new group: {error}") from error
+            if self._channel.rank == 0 and self._advice is None:
+                self._give_advice(self._channel.size)
         if self._failure is not None:
             raise RuntimeError(self._failure)
         return self._channel
+
+    def _give_advice(self, size: int) -> None:
+        options = self.options
+        self._advice = Advice(
+            self._voted_parameters,
+            has_momentum=options.has_momentum,
+            scale=None if options.scale == MEAN_ABS else self._scale_to_step_with,
+        )
+        self._advice.check_world(size, "zero" if options.can_be_zero else options.ties)
+
+    def _voted_parameters(self) -> list[torch.Tensor]:
+        return [parameter for parameter, place in self._places.items() if place not in self._excluded]
+
+    def _scale_to_step_with(self) -> float | None:
+        """What the optimizer finds in the gradients, a loss scale taken out; None in steps that take the mean."""
+        if self.step == 0 or self.phase.is_dense:
+            return None
+        return self.options.scale if isinstance(self.options.scale, float) else 1.0
 
     def _check_process_group(self) -> None:
         if not dist.is_initialized():
@@ -203,25 +261,34 @@ class MajorityVoteState:
             self._channel.close()
         self._drop_plans()
 
-    def plan(self, channel: Channel, bucket: dist.GradBucket) -> BucketPlan:  # type: ignore[name-defined]
+    def plan(
+        self,
+        channel: Channel,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+        phase: Phase,
+    ) -> BucketPlan:
         """The plan of ``bucket``: made when DDP first shows it, and anew when DDP has rebuilt its buckets."""
         index, parameters, buffer = bucket.index(), bucket.parameters(), bucket.buffer()
         self._use_device(index, buffer.device)
         plan = self._plans.get(index)
-        if plan is not None and plan.fits(parameters, buffer.dtype):
+        if plan is not None and plan.fits(parameters, buffer.dtype, phase):
             return plan
         if plan is not None:
-            self._plans.clear()  # the buckets were rebuilt: the others are out of date too
-        plan = self._plans[index] = self._new_plan(channel, parameters, buffer)
+            self._plans.clear()  # the buckets were rebuilt, or laid out for votes: the others are out of date too
+        plan = self._plans[index] = self._new_plan(channel, index, parameters, buffer, phase)
         description = {
             "wire version": WIRE_VERSION,
             "world size": channel.size,
-            **self.options.as_dict(),
+            **self.options.described(),
             "step": self.step,
+            "phase": phase.value,
+            "switch to means": self.switching.described(),
             f"numel of bucket {index}": plan.layout.numel,
             f"parameters of bucket {index}": len(parameters),
             f"dtype of bucket {index}": str(buffer.dtype),
         }
+        if not phase.is_dense:
+            description[f"excluded parameters of bucket {index}"] = [part.place for part in plan.layout.dense]
         name = self.vote_name(channel, index)
         channel.submit(lambda: self._agree(channel, name, description))
         return plan
@@ -244,27 +311,31 @@ class MajorityVoteState:
     def has_plan(self, bucket_index: int) -> bool:
         return bucket_index in self._plans
 
-    def _new_plan(self, channel: Channel, parameters: list[torch.Tensor], buffer: torch.Tensor) -> BucketPlan:
+    def _new_plan(
+        self, channel: Channel, index: int, parameters: list[torch.Tensor], buffer: torch.Tensor, phase: Phase
+    ) -> BucketPlan:
+        if self._exclude is not None and self._names is None:
+            raise RuntimeError(
+                "majority_vote_hook: exclude needs the parameters' names: use attach(ddp), or name_parameters()"
+            )
         places = [self._place(parameter) for parameter in parameters]
-        numels = [parameter.numel() for parameter in parameters]
-        topology = chosen(self.options.topology, sum(numels), channel.size)
-        layout = BucketLayout(numels, places, num_shards(topology, channel.size), TRAILER_WORDS)
-        exchange = new_exchange(topology, layout, channel.rank, channel.size)
-        return BucketPlan(
-            parameters=parameters,
-            dtype=buffer.dtype,
-            layout=layout,
-            exchange=exchange,
-            codec=new_codec(
-                buffer,
-                layout.runs,
-                exchange,
-                self.counters,
-                streams=self._streams,
-                implementation=self.implementation,
-            ),
-            voter_runs=layout.shard_runs(exchange.shard) if exchange.shard is not None else layout.runs[:0],
-            momentum=self._momentum.gather(parameters, places, buffer) if self.options.has_momentum else None,
+        momentum = None
+        if self.options.has_momentum and phase is not Phase.SWITCHED and not self._excluded.issuperset(places):
+            momentum = self._momentum.gather(parameters, places, buffer, without=self._excluded)
+        return new_plan(
+            self.options,
+            parameters,
+            places,
+            buffer,
+            phase,
+            excluded=self._excluded,
+            has_progress=index == 0 and not phase.is_dense and self.switching.needs_progress,
+            momentum=momentum,
+            rank=channel.rank,
+            size=channel.size,
+            counters=self.counters,
+            streams=self._streams,
+            implementation=self.implementation,
         )
 
     def vote_name(self, channel: Channel, bucket_index: int) -> str:
@@ -303,13 +374,113 @@ class MajorityVoteState:
             self.is_aborted = False
             self.step += 1
             self.counters.steps += 1
+            self.loss_scale = self._current_loss_scale()
+            self.switching.begin(self.step)
         self._last_bucket = bucket_index
         self.counters.calls += 1
         return self.step
 
-    def stats(self) -> VoteStats:
-        """What this rank has done so far, see :class:`VoteStats`. With ``calls`` at 0 the hook is not in use."""
-        return self.counters.stats(self._traffic)
+    @property
+    def phase(self) -> Phase:
+        """What the current step does."""
+        return Phase.SWITCHED if self.switching.is_over(self.step) else self.options.phase(self.step)
+
+    def switch_to_dense(
+        self,
+        at_step: int | None = None,
+        *,
+        rule: CalibratedSwitch | None = None,
+        lr: float | Callable[[], float] | None = None,
+    ) -> None:
+        """Go from votes to the mean of the gradients in full precision, for good; all ranks call it, between steps.
+
+        Either from a step on, or when a rule says so that also gives the learning rate with which SGD goes on. The hook
+        cannot change the optimizer: look at :attr:`switched_at` before each step, and replace it. The switch is logged
+        (logger ``signvote``), and saved with the state; ``lr`` is not: call this again before ``load_state_dict``.
+
+        Args:
+            at_step: The first step of which the mean is taken; ``state.step + 1`` is the next one.
+            rule: A :class:`signvote.ddp.CalibratedSwitch`. One number per step then travels with the vote.
+            lr: With a rule, the learning rate of the sign optimizer, or a function that returns that of the current
+                step.
+
+        Raises:
+            ValueError: If there is neither a step nor a rule, the step is past, or a rule comes without ``lr``.
+
+        Example::
+
+            state.switch_to_dense(rule=CalibratedSwitch(), lr=lambda: optimizer.param_groups[0]["lr"])
+            for batch in batches:
+                loss(ddp, batch).backward()
+                if state.switched_at == state.step:
+                    optimizer = torch.optim.SGD(ddp.parameters(), lr=state.calibrated_lr)
+                optimizer.step()
+        """
+        if (at_step is None) == (rule is None):
+            raise ValueError("switch_to_dense: expected at_step or rule, one of both")
+        if at_step is not None and (isinstance(at_step, bool) or not isinstance(at_step, int) or at_step <= self.step):
+            raise ValueError(f"switch_to_dense: at_step: expected an integer above {self.step}, got {at_step!r}")
+        if (rule is None) != (lr is None):
+            raise ValueError(f"switch_to_dense: lr: expected one with a rule and only then, got {lr!r}")
+        self.switching = Switching(at_step, rule, lr)
+        self._drop_plans()
+
+    @property
+    def switched_at(self) -> int | None:
+        """The first step of which the mean is taken for good, once that is decided."""
+        return self.switching.switched_at
+
+    @property
+    def calibrated_lr(self) -> float | None:
+        """With which SGD goes on, once the rule of :meth:`switch_to_dense` has decided."""
+        return self.switching.rule.learning_rate if self.switching.rule is not None else None
+
+    @property
+    def weight(self) -> int:
+        """This rank's vote counts as so many; may be set between steps."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, weight: SupportsIndex) -> None:
+        try:
+            number = operator.index(weight)
+        except TypeError:
+            number = 0
+        if isinstance(weight, bool) or not 1 <= number <= MAX_WEIGHT:
+            raise ValueError(f"MajorityVoteState: weight: expected an integer from 1 to {MAX_WEIGHT}, got {weight!r}")
+        self._weight = number
+
+    def _current_loss_scale(self) -> float:
+        """On a CUDA device this waits for it."""
+        if not self.options.has_loss_scale:
+            return 1.0
+        if self.grad_scaler is None:
+            raise RuntimeError("signvote: this state was pickled with a GradScaler: set state.grad_scaler before use")
+        return float(self.grad_scaler.get_scale())
+
+    @overload
+    def stats(self, per_parameter: Literal[False] = False) -> VoteStats: ...
+
+    @overload
+    def stats(self, per_parameter: Literal[True]) -> dict[str, ParameterStats]: ...
+
+    def stats(self, per_parameter: bool = False) -> VoteStats | dict[str, ParameterStats]:
+        """What this rank has done so far, see :class:`VoteStats`. With ``calls`` at 0 the hook is not in use.
+
+        Args:
+            per_parameter: Instead, how far the ranks agreed on each parameter in the step before the last, by name, see
+                :class:`ParameterStats`; the same on every rank. A parameter on which nobody has voted is left out.
+
+        Raises:
+            RuntimeError: With ``per_parameter``, unless the state was made with ``track_agreement=True`` and knows the
+                parameters' names.
+        """
+        if not per_parameter:
+            return self.counters.stats(self._traffic)
+        if not self.options.track_agreement:
+            raise RuntimeError("stats: per_parameter: expected a state with track_agreement=True")
+        names = self._known_names("stats")
+        return {names[place]: rates for place, rates in self.agreement_rates.by_place.items()}
 
     # -- Saving ---------------------------------------------------------------------------------------------------
 
@@ -331,6 +502,7 @@ class MajorityVoteState:
             "seed": self.options.seed,
             "parameters": names,
             "momentum": {names[place]: momentum for place, momentum in self._momentum.items()},
+            "switch": self.switching.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, reset_momentum: bool = False) -> None:
@@ -353,8 +525,15 @@ class MajorityVoteState:
             checkpoint.check_rank(state_dict, *self._rank_and_world_size("load_state_dict"))
             saved = state_dict["momentum"]
             shapes = {names[place]: parameter.shape for parameter, place in self._places.items()}
-            checkpoint.check_momentum(state_dict, shapes, self.options.has_momentum)
-            momentum = {place: saved[name].detach().clone() for place, name in enumerate(names) if name in saved}
+            expects_momentum = self.options.has_momentum and len(self._excluded) < len(names)
+            checkpoint.check_momentum(state_dict, shapes, expects_momentum)
+            momentum = {
+                place: saved[name].detach().clone()
+                for place, name in enumerate(names)
+                if name in saved and place not in self._excluded
+            }
+        if state_dict.get("switch") is not None:
+            self.switching.load_state_dict(state_dict["switch"])
         self.options = replace(self.options, seed=state_dict["seed"])
         self.step = state_dict["step"]
         self._momentum = MomentumByPlace(momentum)
@@ -384,14 +563,22 @@ class MajorityVoteState:
                 "would tell whose momentum is whose; use attach(ddp)"
             )
         return {
-            "options": self.options.as_dict(),
+            "options": {**self.options.as_dict(), "weight": self.weight, "exclude": self._exclude_to_save()},
             "timeout": self.timeout,
             "implementation": self.implementation,
             "has_group": self.process_group is not None or self._group_is_missing,
             "step": self.step,
             "names": self._names,
             "momentum": momentum,
+            "switch": self.switching.state_dict(),
+            "rule": self.switching.rule,
         }
+
+    def _exclude_to_save(self) -> Exclude:
+        """Names, if they are known: functions cannot always be pickled, and could select others elsewhere."""
+        if self._names is None or not self._places:
+            return self._exclude
+        return [name for place, name in enumerate(self._names) if place in self._excluded] or None
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         self.__init__(timeout=saved["timeout"], implementation=saved["implementation"], **saved["options"])  # type: ignore[misc]
@@ -399,6 +586,8 @@ class MajorityVoteState:
         self.step = saved["step"]
         self._names = saved["names"]
         self._momentum = MomentumByPlace(saved["momentum"])
+        self.switching = Switching(None, saved["rule"], None)
+        self.switching.load_state_dict(saved["switch"])
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.as_dict().items())

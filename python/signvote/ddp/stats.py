@@ -12,7 +12,7 @@ class VoteStats:
         calls: Buckets handed to the hook. 0 after a backward pass means that the hook is not registered: some
             frameworks drop hooks without a word.
         steps: Backward passes in which the hook was called.
-        coordinates: Gradient coordinates packed.
+        coordinates: Gradient coordinates that were voted on. Those of which the mean was taken are not among them.
         bytes_sent, bytes_received: Payload handed to the collectives for other ranks, and taken from them.
         pack_seconds, exchange_seconds, vote_seconds, unpack_seconds: Time in each phase. Exchange and vote run on the
             worker thread beside the backward pass; exchange includes waiting for slower ranks. For gradients on a CUDA
@@ -22,8 +22,9 @@ class VoteStats:
             then rebuilds its buckets, a checkpoint is loaded or the group is made anew.
         codec_nanoseconds_per_coordinate: Time to pack, vote and unpack over ``coordinates``: what the compression
             itself costs. 1 is a millisecond for a million coordinates.
-        zero_rate: Share of this rank's coordinates that were exactly zero when packed.
-        tie_rate: Share of coordinates on which the ranks tied; the same on every rank.
+        zero_rate: Share of this rank's coordinates that were exactly zero when packed; with abstention, on which it
+            had no vote.
+        tie_rate: Share of coordinates on which the ranks tied; with a quorum, that became zero. The same on every rank.
         nonfinite: NaN or inf coordinates met, summed over all ranks; the same on every rank.
     """
 
@@ -44,6 +45,19 @@ class VoteStats:
     def as_dict(self) -> dict[str, Any]:
         """The same as a plain dict, for a logger or JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class ParameterStats:
+    """How far the ranks agreed on one parameter; see :meth:`signvote.ddp.MajorityVoteState.stats`.
+
+    Attributes:
+        agreement: Share of coordinates on which a rank's vote is the outcome, the mean over all ranks.
+        margin: By what share of all votes the outcome led, the mean over the parameter's coordinates.
+    """
+
+    agreement: float
+    margin: float
 
 
 @dataclass

@@ -6,22 +6,20 @@ from typing import Protocol
 import torch
 
 from signvote.ddp.channel import Channel
-from signvote.ddp.layout import BucketLayout
-from signvote.ddp.trailer import TRAILER_WORDS
-from signvote.tally import VoteTally
+from signvote.ddp.layout import MessageLayout
 
 
 class Voter(Protocol):
     """How an exchange has its messages voted on."""
 
     def vote(self, received: torch.Tensor, voted: torch.Tensor) -> None:
-        """The vote of the rows of ``received``, into the one row ``voted``."""
+        """The vote of the rows of ``received``, one from each rank, into the one row ``voted``."""
 
-    def add(self, tally: VoteTally[torch.Tensor], message: torch.Tensor) -> None:
-        """Count one message."""
+    def add(self, rank: int, message: torch.Tensor) -> None:
+        """Count the row ``message`` from ``rank``, 0 first; for those that come one after another."""
 
-    def decide(self, tally: VoteTally[torch.Tensor], trailers: torch.Tensor, voted: torch.Tensor) -> None:
-        """The vote of the messages counted, whose trailers are the rows of ``trailers``, into the one row ``voted``."""
+    def decide(self, voted: torch.Tensor) -> None:
+        """The vote of all that were added, into the one row ``voted``."""
 
 
 class Exchange(Protocol):
@@ -46,11 +44,11 @@ class Sharded:
     Each rank sends and receives 2·(M - 1)/M bits per coordinate.
     """
 
-    def __init__(self, layout: BucketLayout, rank: int, size: int) -> None:
+    def __init__(self, sent: MessageLayout, result: MessageLayout, rank: int, size: int) -> None:
         self.shard: int | None = rank
-        self.sent = layout.new_message()
-        self.received = layout.new_message(size)
-        self.result = layout.new_message()
+        self.sent = sent.new_message()
+        self.received = sent.new_message(size)
+        self.result = result.new_message()
 
     def run(self, channel: Channel, voter: Voter) -> None:
         channel.swap("exchange of signs", self.received, self.sent)
@@ -62,11 +60,11 @@ class Sharded:
 class AllGather:
     """Every rank gets every message and votes on all of it: one collective, M - 1 bits per coordinate."""
 
-    def __init__(self, layout: BucketLayout, rank: int, size: int) -> None:
+    def __init__(self, sent: MessageLayout, result: MessageLayout, rank: int, size: int) -> None:
         self.shard: int | None = 0
-        self.sent = layout.new_message()
-        self.received = layout.new_message(size)
-        self.result = layout.new_message()
+        self.sent = sent.new_message()
+        self.received = sent.new_message(size)
+        self.result = result.new_message()
 
     def run(self, channel: Channel, voter: Voter) -> None:
         channel.swap("exchange of signs", self.received, self.sent.expand_as(self.received))
@@ -79,24 +77,20 @@ class Server:
     It counts each message as it arrives, while the next one is under way, so that its memory grows with log2(M) only.
     """
 
-    def __init__(self, layout: BucketLayout, rank: int, size: int) -> None:
+    def __init__(self, sent: MessageLayout, result: MessageLayout, rank: int, size: int) -> None:
         self.shard: int | None = 0 if rank == 0 else None
-        self.sent = layout.new_message()
-        self.result = layout.new_message()
+        self.sent = sent.new_message()
+        self.result = result.new_message()
         if rank == 0:
-            self.received = layout.new_message(2)
-            self.trailers = torch.zeros(size, TRAILER_WORDS, dtype=torch.int32, device="cpu")
-            self.tally: VoteTally[torch.Tensor] = VoteTally(32 * layout.row_words, size)
+            self.received = sent.new_message(2)
 
     def run(self, channel: Channel, voter: Voter) -> None:
         if self.shard is None:
             channel.send_to_first(self.sent)
         else:
-            self.tally.clear()
             for rank, message in channel.receive_in_turn(self.sent, self.received):
-                voter.add(self.tally, message)
-                self.trailers[rank] = message[-TRAILER_WORDS:]
-            voter.decide(self.tally, self.trailers, self.result)
+                voter.add(rank, message)
+            voter.decide(self.result)
         channel.broadcast(self.result)
 
 
@@ -120,10 +114,10 @@ def num_shards(topology: str, size: int) -> int:
     return size if topology == "sharded" else 1
 
 
-def new_exchange(topology: str, layout: BucketLayout, rank: int, size: int) -> Exchange:
-    exchanges: dict[str, Callable[[BucketLayout, int, int], Exchange]] = {
+def new_exchange(topology: str, sent: MessageLayout, result: MessageLayout, rank: int, size: int) -> Exchange:
+    exchanges: dict[str, Callable[[MessageLayout, MessageLayout, int, int], Exchange]] = {
         "sharded": Sharded,
         "allgather": AllGather,
         "server": Server,
     }
-    return exchanges[topology](layout, rank, size)
+    return exchanges[topology](sent, result, rank, size)

@@ -48,6 +48,27 @@ void unpack_signs(const uint32_t* words, size_t numel, uint64_t positive, void* 
   check(cuda::unpack_signs(kDType, words, cuda::on_array(numel, 0), positive, out, nullptr));
 }
 
+template <DType kDType>
+PackCounts pack_ternary(const void* x, size_t numel, uint64_t limit, uint32_t* sign, uint32_t* active) {
+  PackCounts counts{1, 1};
+  check(cuda::pack_ternary(kDType, x, cuda::on_array(numel, 0), limit, sign, active, &counts, nullptr));
+  return counts;
+}
+
+uint64_t majority_vote_ternary(const uint32_t* const* signs, const uint32_t* const* actives, size_t num_rows,
+                               size_t numel, uint64_t quorum, uint32_t* sign, uint32_t* active) {
+  uint64_t zeros = 1;
+  const size_t stride = num_rows > 1 ? static_cast<size_t>(signs[1] - signs[0]) : 0;
+  check(cuda::majority_vote_ternary(signs[0], actives[0], num_rows, stride, cuda::on_array(numel, 0), quorum, sign,
+                                    active, &zeros, nullptr));
+  return zeros;
+}
+
+template <DType kDType>
+void unpack_ternary(const uint32_t* sign, const uint32_t* active, size_t numel, uint64_t positive, void* out) {
+  check(cuda::unpack_ternary(kDType, sign, active, cuda::on_array(numel, 0), positive, out, nullptr));
+}
+
 #define FOR_EACH_DTYPE(op) {op<kFloat32>, op<kFloat64>, op<kFloat16>, op<kBFloat16>}
 constexpr Kernels kKernels = {"cuda",
                               FOR_EACH_DTYPE(pack_signs),
@@ -59,9 +80,9 @@ constexpr Kernels kKernels = {"cuda",
                               nullptr,
                               nullptr,
                               FOR_EACH_DTYPE(unpack_signs),
-                              {nullptr, nullptr, nullptr, nullptr},
-                              nullptr,
-                              {nullptr, nullptr, nullptr, nullptr}};
+                              FOR_EACH_DTYPE(pack_ternary),
+                              majority_vote_ternary,
+                              FOR_EACH_DTYPE(unpack_ternary)};
 
 }  // namespace
 

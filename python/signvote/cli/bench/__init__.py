@@ -16,7 +16,7 @@ import torch
 import signvote
 from signvote.cli.bench import report, results
 from signvote.cli.bench.bars import CUDA_MEGABYTES, CUDA_ROWS, Bar, judge, judge_cuda
-from signvote.cli.bench.cases import DTYPES, OPS, ROWS, Case, Data, Options, contenders, hook_bytes
+from signvote.cli.bench.cases import DTYPES, OPS, ROWS, TERNARY_ROWS, Case, Data, Options, contenders, hook_bytes
 from signvote.cli.bench.expected import WrongResultError
 from signvote.cli.bench.machine import cuda_device, load, machine, pages, usable_cpus, versions
 from signvote.cli.bench.measure import no_garbage_collection, take_turns
@@ -31,6 +31,7 @@ HOOK_COORDINATES = 6_553_600  # of 25 MiB, which DDP makes a bucket of
 THREADS_SIZE = 4  # a million coordinates, from where on a second thread has its bar
 SECONDS = 0.3  # for each case, unless the fewest rounds take longer
 QUICK_SECONDS = 0.15
+QUICK_TERNARY_ROWS = (3, 8)
 
 
 def add_parser(commands: Any) -> None:
@@ -149,7 +150,9 @@ def cuda_cases(options: argparse.Namespace) -> list[Case]:
             if dtype == "float32":
                 cases.append(Case("round_trip", size))
             cases.append(Case("pack_signs", size, dtype, zeros="third"))
-        cases += [Case("majority_vote", size, rows=rows) for rows in sorted(options.rows or CUDA_ROWS, reverse=True)]
+            cases += [Case(op, size, dtype) for op in ("pack_ternary", "unpack_ternary")]
+        for op in ("majority_vote_ternary", "majority_vote"):
+            cases += [Case(op, size, rows=rows) for rows in sorted(options.rows or CUDA_ROWS, reverse=True)]
     return asked_for(cases, options)
 
 
@@ -170,6 +173,9 @@ def cpu_cases(options: argparse.Namespace) -> list[Case]:
                 # The bar of the momentum is for float32.
                 if not (options.quick and op == "pack_momentum" and dtype != "float32"):
                     cases.append(Case(op, size, dtype))
+            # For want of time a quick run has abstention for float32 only, and for few numbers of workers.
+            if not options.quick or dtype == "float32":
+                cases += [Case(op, size, dtype) for op in ("pack_ternary", "unpack_ternary")]
             if dtype == "float32":
                 cases.append(Case("codec", size))
             cases.append(Case("pack_signs", size, dtype, zeros="third"))
@@ -182,6 +188,8 @@ def cpu_cases(options: argparse.Namespace) -> list[Case]:
     for size in sizes:
         # The most rows first: the others take some of them.
         cases += [Case("majority_vote", size, rows=rows) for rows in sorted(options.rows or ROWS, reverse=True)]
+        ternary_rows = sorted(options.rows or (QUICK_TERNARY_ROWS if options.quick else TERNARY_ROWS), reverse=True)
+        cases += [Case("majority_vote_ternary", size, rows=rows) for rows in ternary_rows]
     return asked_for(cases, options)
 
 

@@ -20,7 +20,8 @@ LIMITS = {
 }
 MANY_COORDINATES = 1_000_000  # from here on a second thread must pay
 CUDA_MEGABYTES = 1024  # 256M coordinates
-CUDA_ROWS = (3, 8, 16, 64)
+CUDA_OPS = ("pack_signs", "pack_momentum", "unpack_signs", "pack_ternary", "unpack_ternary")
+CUDA_ROWS = (3, 8, 16, 64)  # of each vote
 CODEC_COPY_SHARE = 0.2
 CODEC_NANOSECONDS = 0.25
 
@@ -65,7 +66,7 @@ def judge_cuda(results: Sequence[Result]) -> list[Bar]:
         if op.kind == "op"
         and op.megabytes >= CUDA_MEGABYTES
         and op.zeros == "none"
-        and (op.op in ("pack_signs", "pack_momentum", "unpack_signs") or op.rows in CUDA_ROWS)
+        and (op.op in CUDA_OPS or op.rows in CUDA_ROWS)
     ]
 
 
@@ -79,16 +80,18 @@ def _against_limits(ops: Sequence[Result], results: Sequence[Result]) -> Iterato
     for op in ops:
         if op.megabytes < 26 or op.limit is None:
             continue
-        if op.op == "pack_signs" and op.zeros == "none":
-            group, least = "pack_signs against a plain read", 0.9 if op.dtype in half else 0.95
+        if op.op in ("pack_signs", "pack_ternary") and op.zeros == "none":
+            group, least = f"{op.op} against a plain read", 0.9 if op.dtype in half else 0.95
         elif op.op == "pack_signs":
             group, least = "pack_signs, a third of the coordinates zero, against a plain read", 0.8
-        elif op.op == "unpack_signs":
-            group, least = "unpack_signs against a plain write", 0.95
+        elif op.op in ("unpack_signs", "unpack_ternary"):
+            group, least = f"{op.op} against a plain write", 0.95
         elif op.op == "pack_momentum" and op.dtype == "float32":
             group, least = "pack_momentum against a plain loop that reads two and writes one", 0.9
         elif op.op == "majority_vote":
             group, least = "majority_vote, ties by coin, against the faster plain loop over the same buffers", 0.9
+        elif op.op == "majority_vote_ternary":
+            group, least = "majority_vote_ternary against the faster plain loop over the same buffers", 0.9
         else:
             continue
         # What the other plain loop reaches shows how much of a miss is in the order of access, or in what it must read.

@@ -16,14 +16,16 @@ from signvote.cli.bench import expected, peers
 from signvote.cli.bench.expected import Words, check_equal
 from signvote.cli.bench.measure import Contender
 from signvote.cli.bench.places import Cuda, Host, Place
-from signvote.ddp.layout import BucketLayout
-from signvote.ddp.trailer import TRAILER_WORDS
+from signvote.ddp.layout import BucketLayout, MessageLayout
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 ROWS = (2, 3, 4, 5, 7, 8, 15, 16, 31, 32, 63, 64, 256)
+TERNARY_ROWS = (2, 3, 4, 8, 16, 64)
 SHARDS = 8  # workers of the codec of a sharded vote
 SEED = 7
 SCALE = 0.5
+THRESHOLD = 0.5  # which about 38% of the normal variates are not above
+QUORUM = 2
 BETA = 0.9
 # Peers that would unpack more bits than this are left out: they take seconds, and gigabytes.
 MOST_PEER_BITS = 1 << 27
@@ -95,6 +97,12 @@ class Data:
 
     def words(self, numel: int) -> Words:
         return self.rows(1, numel)[0]
+
+    def ballots(self, num_rows: int, numel: int) -> NDArray[np.uint32]:
+        """Ternary words of ``num_rows`` workers, each plane beginning with a cache line."""
+        rows = self.rows(2 * num_rows, numel)
+        stride = rows.strides[0]
+        return np.lib.stride_tricks.as_strided(rows, (num_rows, 2, rows.shape[1]), (2 * stride, stride, 4))
 
     def rows(self, num_rows: int, numel: int) -> NDArray[np.uint32]:
         """``num_rows`` rows of words, each beginning with a cache line."""
@@ -317,6 +325,92 @@ def _majority_vote(case: Case, data: Data, options: Options) -> tuple[list[Conte
     return field.done((case.rows + 1) * out.nbytes)
 
 
+def _pack_ternary(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
+    x = data.gradient(case.dtype, case.numel)
+    out = aligned(2 * (case.numel // 32), np.uint32).reshape(2, -1)
+    check = _checker(out, expected.pack_ternary(x, THRESHOLD))
+    field = _Field(case, options)
+    limits = field.place.limits
+    argument, planes = field.place.arguments([x], [out])
+    field.ops(lambda **how: ops.pack_ternary(argument, threshold=THRESHOLD, out=planes, **how), check)
+    field.limit("read", lambda threads: limits.read(x, threads))
+    if case.dtype != "bfloat16":
+        field.numpy(lambda: peers.numpy_pack_ternary(x, THRESHOLD, out), check)
+    if not field.is_on_cpu:
+        tensor, tensor_out = field.place.tensors([x], [out])
+        field.peer("torch", lambda: peers.torch_pack_ternary(tensor, THRESHOLD, tensor_out), check)
+    return field.done(x.nbytes)
+
+
+def _unpack_ternary(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
+    planes = data.rows(2, case.numel)
+    out = aligned(case.numel, np.uint16 if case.dtype == "bfloat16" else case.dtype)
+
+    def check(label: str) -> None:
+        expected.check_unpacked_ternary(label, out, planes, SCALE)
+        spoil(out)
+
+    field = _Field(case, options)
+    limits = field.place.limits
+    argument, target = field.place.arguments([planes], [out])
+    field.ops(lambda **how: ops.unpack_ternary(argument, case.numel, scale=SCALE, out=target, **how), check)
+    field.limit("write", lambda threads: limits.write(out, 1, threads))
+    if case.dtype != "bfloat16":
+        field.numpy(lambda: peers.numpy_unpack_ternary(planes, SCALE, out), check)
+    if not field.is_on_cpu:
+        tensor, tensor_out = field.place.tensors([planes], [out])
+        field.peer("torch", lambda: peers.torch_unpack_ternary(tensor, SCALE, tensor_out), check)
+    return field.done(out.nbytes)
+
+
+def _majority_vote_ternary(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
+    assert case.rows is not None
+    stack = data.ballots(case.rows, case.numel)
+    out = aligned(2 * stack.shape[2], np.uint32).reshape(2, -1)
+    first: list[Words] = []
+
+    def check(label: str) -> None:
+        expected.check_vote_ternary(label, out, stack, case.numel, QUORUM)
+        # The check looks at parts of a large vote; the implementations must agree in all of it.
+        if not first:
+            first.append(out.copy())
+        check_equal(label, out.reshape(-1), first[0].reshape(-1))
+        spoil(out)
+
+    field = _Field(case, options)
+    limits = field.place.limits
+    argument, voted = field.place.arguments([stack], [out])
+    field.ops(
+        lambda **how: ops.majority_vote_ternary(argument, quorum=QUORUM, numel=case.numel, out=voted, **how), check
+    )
+    if field.is_on_cpu:
+        rows_of_planes = [list(stack[:, plane]) for plane in range(2)]
+
+        def each_plane(limit: Callable[..., object]) -> Callable[[int], object]:
+            def call(threads: int) -> None:
+                for rows, plane in zip(rows_of_planes, out, strict=True):
+                    limit(rows, plane, threads)
+
+            return call
+
+        field.limit("xor_rows", each_plane(limits.xor_rows))
+        field.limit("read_rows_then_write", each_plane(limits.read_rows_then_write))
+    else:
+        field.limit("read_rows_then_write", lambda threads: limits.read_rows_then_write(stack, out, threads))
+    field.numpy(lambda: peers.numpy_vote_ternary(stack, QUORUM, out), check)
+    if not field.is_on_cpu and case.numel * case.rows <= MOST_PEER_BITS and options.with_peers:
+        votes = torch.from_numpy(expected.unpack_ternary(stack, case.numel)).to(field.place.device)
+        lead = torch.empty(case.numel, dtype=torch.int16, device=field.place.device)
+
+        def check_torch(label: str) -> None:
+            found = lead.cpu().numpy()
+            words = np.stack([expected.pack_bits(found > 0), expected.pack_bits(found != 0)])
+            expected.check_vote_ternary(label, words, stack, case.numel, QUORUM)
+
+        field.peer("torch", lambda: peers.torch_vote_ternary(votes, QUORUM, lead), check_torch)
+    return field.done((case.rows + 1) * out.nbytes)
+
+
 def _codec(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
     """What one of SHARDS workers computes in a sharded vote: pack all, vote on its share, unpack all."""
     x = data.gradient("float32", case.numel)
@@ -346,7 +440,7 @@ def _codec(case: Case, data: Data, options: Options) -> tuple[list[Contender], i
 
 def hook_bytes(numel: int) -> int:
     """Of the message that the hook copies to the host for a bucket of ``numel`` coordinates, and of the one back."""
-    return BucketLayout([numel], [0], SHARDS, TRAILER_WORDS).new_message().nbytes
+    return MessageLayout(BucketLayout([numel], [0], SHARDS)).new_message().nbytes
 
 
 def _round_trip(case: Case, data: Data, options: Options) -> tuple[list[Contender], int]:
@@ -397,6 +491,9 @@ _BUILDERS: dict[str, Callable[[Case, Data, Options], tuple[list[Contender], int]
     "pack_momentum": _pack_momentum,
     "unpack_signs": _unpack_signs,
     "majority_vote": _majority_vote,
+    "pack_ternary": _pack_ternary,
+    "unpack_ternary": _unpack_ternary,
+    "majority_vote_ternary": _majority_vote_ternary,
     "codec": _codec,
     "round_trip": _round_trip,
 }

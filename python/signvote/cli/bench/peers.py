@@ -45,6 +45,30 @@ def numpy_vote(rows: Sequence[Words], out: Words) -> None:
     out.view(np.uint8)[:] = np.packbits(votes > len(rows) // 2, bitorder="little")
 
 
+def numpy_pack_ternary(x: NDArray[Any], threshold: float, out: Words) -> None:
+    out[0].view(np.uint8)[:] = np.packbits(x > threshold, bitorder="little")
+    out[1].view(np.uint8)[:] = np.packbits(np.abs(x) > threshold, bitorder="little")
+
+
+def numpy_unpack_ternary(planes: Words, scale: float, out: NDArray[Any]) -> None:
+    sign, active = (np.unpackbits(plane.view(np.uint8), bitorder="little") for plane in planes)
+    kind = out.dtype.type
+    np.multiply(sign, kind(2 * scale), out=out, dtype=out.dtype)
+    np.subtract(out, kind(scale), out=out)
+    np.multiply(out, active, out=out)
+    np.add(out, kind(0), out=out)  # -0 becomes 0
+
+
+def numpy_vote_ternary(stack: NDArray[np.uint32], quorum: int, out: Words) -> None:
+    lead = np.zeros(32 * out.shape[1], np.int32)
+    for ballot in stack:
+        sign, active = (np.unpackbits(plane.view(np.uint8), bitorder="little") for plane in ballot)
+        lead += active
+        lead -= 2 * (active & ~sign & 1)
+    out[0].view(np.uint8)[:] = np.packbits(lead >= quorum, bitorder="little")
+    out[1].view(np.uint8)[:] = np.packbits(np.abs(lead) >= quorum, bitorder="little")
+
+
 def torch_pack(x: torch.Tensor, out: torch.Tensor) -> None:
     torch.sum((x > 0).view(-1, 32) << shifts(x.device), dim=1, dtype=torch.int32, out=out)
 
@@ -62,6 +86,22 @@ def torch_unpack(words: torch.Tensor, scale: float, out: torch.Tensor) -> None:
 def torch_vote(signs: torch.Tensor, out: torch.Tensor) -> None:
     """Of signs that are unpacked already, one byte each; ties become 0."""
     torch.sign(torch.sum(signs, dim=0, dtype=torch.int16), out=out)
+
+
+def torch_pack_ternary(x: torch.Tensor, threshold: float, out: torch.Tensor) -> None:
+    for values, plane in ((x, out[0]), (x.abs(), out[1])):
+        torch.sum((values > threshold).view(-1, 32) << shifts(x.device), dim=1, dtype=torch.int32, out=plane)
+
+
+def torch_unpack_ternary(planes: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    sign, active = planes.unsqueeze(2) >> shifts(planes.device) & 1
+    torch.mul(sign, 2 * scale, out=out.view(-1, 32)).sub_(scale).mul_(active).add_(0)
+
+
+def torch_vote_ternary(votes: torch.Tensor, quorum: int, out: torch.Tensor) -> None:
+    """Of votes that are unpacked already, one byte each."""
+    torch.sum(votes, dim=0, dtype=torch.int16, out=out)
+    out.mul_(out.abs() >= quorum)
 
 
 @functools.cache

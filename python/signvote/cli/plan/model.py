@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from signvote.ddp.channel import tree_children
+from signvote.ddp.layout import TRAILER_WORDS
 from signvote.ddp.options import TOPOLOGIES
 from signvote.ddp.topology import chosen
-from signvote.ddp.trailer import TRAILER_WORDS
 
 #: Ways to exchange: DDP without a hook, torch's fp16_compress_hook, and the vote in each topology.
 METHODS = ("allreduce", "fp16", *TOPOLOGIES)
