@@ -60,6 +60,18 @@ class Scalar(nn.Module):
         return self.factor * x
 
 
+class Empty(nn.Module):
+    """Parameters without elements: the first is the last to get a gradient, in a bucket of its own if that is tiny."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.body = nn.Parameter(torch.zeros(0, 3)), nn.Linear(7, 5)
+        self.after = nn.Parameter(torch.zeros(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x + self.before.sum()) + self.after.sum()
+
+
 class Rows(nn.Module):
     """An embedding of which a step touches few rows: most coordinates are exactly zero."""
 
@@ -97,6 +109,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "mixed": MixedDtypes,
     "frozen": Frozen,
     "scalar": Scalar,
+    "empty": Empty,
     "rows": Rows,
     "channels_last": ChannelsLast,
 }

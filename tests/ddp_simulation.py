@@ -68,6 +68,8 @@ class Simulation:
 
     def _outcome(self, place: int, name: str, gradients: list[torch.Tensor]) -> torch.Tensor:
         dtype = gradients[0].dtype
+        if not gradients[0].numel():
+            return gradients[0]
         # float32 holds every bfloat16
         xs = [(gradient.float() if dtype == torch.bfloat16 else gradient).numpy() for gradient in gradients]
         is_excluded = name in self.exclude

@@ -38,17 +38,22 @@ def check_rank(state_dict: Mapping[str, Any], rank: int, world_size: int) -> Non
             )
 
 
-def check_momentum(state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size], expects_momentum: bool) -> None:
+def check_momentum(
+    state_dict: Mapping[str, Any], shapes: Mapping[str, torch.Size], *, expects_momentum: bool, any_trained: bool
+) -> None:
     """The checkpoint is of the model whose parameters have these ``shapes``.
 
-    A parameter may be without momentum: one that is frozen, or of which DDP has shown no gradient yet.
+    A parameter may be without momentum: one that is frozen, or of which DDP has shown no gradient yet; all of them if
+    none is trained by votes, or if the job has taken means for good from its first step on.
     """
     momentum: Mapping[str, torch.Tensor] = state_dict["momentum"]
+    switch = state_dict.get("switch") or {}
+    has_voted = state_dict["step"] > 0 and switch.get("switched_at") != 1
     if momentum and not expects_momentum:
         raise ValueError(
             f"load_state_dict: momentum: expected none (momentum=0.0), got {len(momentum)} tensors. {_REMEDY}"
         )
-    if expects_momentum and not momentum and state_dict["step"] > 0:
+    if expects_momentum and any_trained and has_voted and not momentum:
         raise ValueError(f"load_state_dict: momentum: expected tensors, got none. {_REMEDY}")
     saved = [*state_dict["parameters"], *momentum]
     unknown = [name for name in dict.fromkeys(saved) if name not in shapes]

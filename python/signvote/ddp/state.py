@@ -526,7 +526,8 @@ class MajorityVoteState:
             saved = state_dict["momentum"]
             shapes = {names[place]: parameter.shape for parameter, place in self._places.items()}
             expects_momentum = self.options.has_momentum and len(self._excluded) < len(names)
-            checkpoint.check_momentum(state_dict, shapes, expects_momentum)
+            any_trained = any(parameter.requires_grad for parameter in self._voted_parameters())
+            checkpoint.check_momentum(state_dict, shapes, expects_momentum=expects_momentum, any_trained=any_trained)
             momentum = {
                 place: saved[name].detach().clone()
                 for place, name in enumerate(names)
