@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -33,10 +33,12 @@ WORKERS = (2, 4, 8)
 COORDINATES = (10_000, 100_000, 1_000_000)
 SEED = 0
 TIMEOUT = 100.0  # seconds, for all ranks together
-TOPOLOGIES = {
-    "majority vote": "server",
-    "majority vote, sharded": "sharded",
-    "majority vote, allgather": "allgather",
+#: Options of the hook.
+VOTES: dict[str, dict[str, Any]] = {
+    "majority vote": {"topology": "server"},
+    "majority vote, sharded": {"topology": "sharded"},
+    "majority vote, allgather": {"topology": "allgather"},
+    "with abstention, sharded": {"topology": "sharded", "abstain": True},
 }
 
 
@@ -44,7 +46,7 @@ def log_levels(workers: int) -> float:
     return 2.0 + math.log2(2 * workers + 1)
 
 
-#: Table 1's bits per iteration by Md; for the last two, which it has not, what they must send.
+#: Table 1's bits per iteration by Md; for the last three, which it has not, what they must send.
 FORMULAS: dict[str, tuple[str, Callable[[int], float]]] = {
     "SGD": ("64 Md", lambda workers: 64.0),
     "QSGD": ("(2 + log2(2M + 1)) Md", log_levels),
@@ -52,6 +54,7 @@ FORMULAS: dict[str, tuple[str, Callable[[int], float]]] = {
     "majority vote": ("2 Md", lambda workers: 2.0),
     "majority vote, sharded": ("2 Md (not in the table)", lambda workers: 2.0),
     "majority vote, allgather": ("M Md (not in the table)", lambda workers: float(workers)),
+    "with abstention, sharded": ("4 Md (section 6)", lambda workers: 4.0),
 }
 
 
@@ -136,7 +139,7 @@ def count(method: str, numel: int) -> Count:
         expected = sum_of(contribution) / dist.get_world_size()
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
     else:
-        result, sent = vote(TOPOLOGIES[method], gradient)
+        result, sent = vote(VOTES[method], gradient)
         contribution = gradient.sign()
         lead = sum_of(contribution)
         if not torch.equal(result[lead != 0], lead.sign()[lead != 0]):
@@ -163,13 +166,13 @@ class Fixed(nn.Module):
         return (self.weight * gradient).sum()
 
 
-def vote(topology: str, gradient: Tensor) -> tuple[Tensor, int]:
+def vote(options: dict[str, Any], gradient: Tensor) -> tuple[Tensor, int]:
     """What the hook makes of `gradient`, and the bytes that it counted in one iteration.
 
     It is the second one: in the first the ranks also compare their options.
     """
     ddp = DistributedDataParallel(Fixed(gradient.numel()))
-    state = attach(ddp, momentum=0.0, topology=topology)
+    state = attach(ddp, momentum=0.0, **options)
     before = 0
     for _ in range(2):
         before = state.stats().bytes_sent
