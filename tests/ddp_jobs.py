@@ -121,7 +121,7 @@ class Job:
 
     ``devices``: those of ranks 0, 1, ..., over and over. ``side_stream``: what is on a CUDA stream of its own:
     ``"construction"`` of the DDP model, whose gradients are then accumulated there, ``"training"`` or ``"all"``.
-    ``weights``: as ``devices``.
+    ``weights``: as ``devices``. ``switch``: the step from which on the mean is taken.
     """
 
     model: str = "mlp"
@@ -135,6 +135,7 @@ class Job:
     devices: tuple[str, ...] = ("cpu",)
     side_stream: str = "none"
     weights: tuple[int, ...] = (1,)
+    switch: int | None = None
 
     def device(self) -> str:
         """Of this rank."""
@@ -172,6 +173,8 @@ def build(
     ddp = DistributedDataParallel(MODELS[job.model]().to(job.device()), **job.ddp)
     state = MajorityVoteState(**job.options) if state is None else state
     state.weight = job.weights[dist.get_rank() % len(job.weights)]
+    if job.switch is not None:
+        state.switch_to_dense(job.switch)
     state.name_parameters(ddp.module.named_parameters())
     outcome = Outcome([], [], "", 0.0, set(), {})
     names = {parameter: name for name, parameter in ddp.module.named_parameters()}

@@ -30,8 +30,9 @@ def wide(dtype: torch.dtype) -> Any:
 class Simulation:
     """``names`` are those of all parameters of the model, frozen ones too: a parameter's place is its index there.
 
-    ``exclude`` are names; ``weights`` those of the ranks; ``loss_scale`` what a GradScaler multiplies the loss by in a
-    step; ``switch`` the step from which on the mean is taken.
+    ``exclude`` are names; ``weights`` those of the ranks; ``devices`` those of ranks 0, 1, ..., over and over, which
+    draw the noise: each kind draws its own; ``loss_scale`` what a GradScaler multiplies the loss by in a step;
+    ``switch`` the step from which on the mean is taken.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Simulation:
         *,
         exclude: Collection[str] = (),
         weights: Sequence[int] = (),
+        devices: Sequence[str] = ("cpu",),
         loss_scale: Callable[[int], float] | None = None,
         switch: float = math.inf,
         **options: Any,
@@ -50,6 +52,7 @@ class Simulation:
         self.world, self.names, self.options = world, list(names), VoteOptions(**options)
         self.exclude, self.switch = exclude, switch
         self.weights = list(weights) or [1] * world
+        self.devices = [devices[rank % len(devices)] for rank in range(world)]
         self.loss_scale = loss_scale or (lambda step: 1.0)
         self.momentum: list[dict[str, reference.Floats]] = [{} for _ in range(world)]
         self.step = 0
@@ -117,10 +120,11 @@ class Simulation:
         finite = np.where(np.isfinite(value), value, 0).astype(np.float64)
         rms = np.sqrt(np.sum(finite**2)) / value.size**0.5
         if sigma:
-            generator = torch.Generator().manual_seed(derive(options.seed, DITHER, self.step, rank, place))
+            device = self.devices[rank]
+            generator = torch.Generator(device).manual_seed(derive(options.seed, DITHER, self.step, rank, place))
             of_torch = torch.float64 if dtype is np.float64 else torch.float32
-            noise = torch.randn(value.size, dtype=of_torch, generator=generator).numpy()
-            value = value + noise * dtype(sigma * rms)
+            noise = torch.randn(value.size, dtype=of_torch, device=device, generator=generator)
+            value = value + noise.cpu().numpy() * dtype(sigma * rms)
         if threshold is not None and is_relative:
             value = np.where(np.abs(value) <= dtype(threshold.value * rms), dtype(0), value)
         return value

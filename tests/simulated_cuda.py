@@ -2,11 +2,15 @@
 
 What is queued on a stream is done as late as it may be: when the host waits for it, or for something after it. Memory
 that is freed is overwritten as early as it may be: when the stream it was allocated on, and those it was recorded on,
-have done what was queued on them. So a wait, an event or a ``record_stream`` that is missing shows in the results, or
-as a write to memory that is no longer the writer's, which :meth:`Device.finish` finds. A call for which CUDA would use
-the current device fails in a thread that has not made ``cuda:1`` its own: threads begin with ``cuda:0``.
+have done what was queued on them; where only that one stream has used it, in the order of the stream. So a wait, an
+event or a ``record_stream`` that is missing shows in the results, or as a write to memory that is no longer the
+writer's, which :meth:`Device.finish` finds. A call for which CUDA would use the current device fails in a thread that
+has not made ``cuda:1`` its own: threads begin with ``cuda:0``.
 
-"Device memory" is ordinary memory, held by tensors that say they are on ``cuda:1``; kernels are the CPU's ops.
+"Device memory" is ordinary memory, held by tensors that say they are on ``cuda:1``; kernels are the CPU's ops, and
+random numbers those of the CPU's generator. Any function of torch may be called with such tensors: a call on ``meta``
+tensors says whether the result is a view, which is made at once, or new memory, which is written in the order of the
+current stream. A function that needs the data makes the host wait.
 
 Not covered: the kernels and how they are launched (``cuda.launch``, ``cuda_runs`` and its ``DeviceRuns`` are replaced,
 and with them the tables of pieces and their ``record_stream``), work that is done early or half, the allocator of
@@ -24,6 +28,7 @@ from unittest import mock
 
 import torch
 from torch._C import DisableTorchFunctionSubclass
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from signvote import cuda, cuda_runs, runs
 
@@ -34,7 +39,6 @@ GARBAGE = 0xA5
 FREED_MEMORY = "memory was written to after it was freed"
 WRONG_DEVICE = "another device is current"
 NO_TIME = "an event has no time"
-WAITS = "the thread that computes waits for the device"
 
 
 class Device:
@@ -48,8 +52,9 @@ class Device:
         self.local = threading.local()
         self.streams: list[Stream] = []
         self.freed: list[torch.Tensor] = []
-        self.allocations = 0
-        self.waiting_copies = 0
+        self.allocations = 0  # of the device's memory
+        self.pinned = 0
+        self.waits = 0  # of a thread for what is queued: copies that block, and numbers that Python reads
         self.checks_times = True
 
     def current(self) -> Stream:
@@ -78,11 +83,6 @@ class Device:
 DEVICE = Device()
 
 
-def waits() -> None:
-    """Where the host waits for the device. Only the worker of a state may: beside it the backward pass goes on."""
-    assert threading.current_thread().name.startswith("signvote"), WAITS
-
-
 class Stream:
     def __init__(self, device: Any = None) -> None:
         self.tasks: list[Callable[[], object]] = []
@@ -90,9 +90,13 @@ class Stream:
         with DEVICE.lock:
             DEVICE.streams.append(self)
 
-    def queue(self, task: Callable[[], object]) -> None:
+    def queue(self, task: Callable[[], object], *tensors: Any) -> None:
+        """That uses ``tensors``, as far as they are on the device."""
         with DEVICE.lock:
             self.tasks.append(task)
+            for tensor in tensors:
+                if isinstance(tensor, Tensor) and tensor.memory.streams[0] is not self:
+                    tensor.memory.is_shared[0] = True
 
     def run(self, end: int) -> None:
         with DEVICE.lock:
@@ -126,7 +130,8 @@ class Event:
 
     def synchronize(self) -> None:
         DEVICE.check_current()
-        waits()
+        if not threading.current_thread().name.startswith("signvote"):
+            DEVICE.waits += 1  # only the worker of a state may: beside it the backward pass goes on
         if self.place is not None:
             self.place[0].run(self.place[1])
 
@@ -248,17 +253,28 @@ class Future:
 class Memory:
     """What the caching allocator gave out: it comes back when no tensor refers to it any more."""
 
-    def __init__(self, raw: torch.Tensor) -> None:
+    def __init__(self, memory: torch.Tensor) -> None:
         self.streams = [DEVICE.current()]
-        weakref.finalize(self, free, raw.reshape(-1).view(torch.uint8), self.streams)
+        self.is_shared = [False]  # by streams
+        weakref.finalize(self, free, bytes_of(memory), self.streams, self.is_shared)
 
 
-def free(memory: torch.Tensor, streams: list[Stream]) -> None:
-    with DEVICE.lock:
-        for stream in streams:
-            stream.run(len(stream.tasks))
+def bytes_of(memory: torch.Tensor) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory.untyped_storage())
+
+
+def free(memory: torch.Tensor, streams: list[Stream], is_shared: list[bool]) -> None:
+    def overwrite() -> None:
         memory.fill_(GARBAGE)
         DEVICE.freed.append(memory)
+
+    with DEVICE.lock:
+        if len(streams) == 1 and not is_shared[0]:
+            streams[0].queue(overwrite)
+            return
+        for stream in streams:
+            stream.run(len(stream.tasks))
+        overwrite()
 
 
 class Tensor(torch.Tensor):
@@ -271,36 +287,14 @@ class Tensor(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        x = args[0]
         if func in CONSTANTS:
             return CONSTANTS[func]
-        name = func.__name__
         with DisableTorchFunctionSubclass():
-            if name in ("new_zeros", "new_empty"):
-                return new_memory(args[1], kwargs["dtype"], is_zeroed=name == "new_zeros")
-            if name in ("copy_", "fill_"):
-                return begin(func, args, **kwargs)
-            if name == "to":
-                assert args[1] == "cpu"
-                DEVICE.waiting_copies += 1
-                DEVICE.current().run(len(DEVICE.current().tasks))
-                return raw(x).clone()
-            if name in VIEWS or func in FACTS:
-                result = func(raw(x), *args[1:], **kwargs)
-                return wrap(result, x.memory) if name in VIEWS else result
-        raise NotImplementedError(f"{func} on simulated memory")
+            if func is torch.Tensor.copy_ and not all(isinstance(x, Tensor) for x in args[:2]):
+                return copy_from_or_to_the_host(*args, **(kwargs or {}))
+            return call(func, args, kwargs or {})
 
 
-VIEWS = {"view", "as_strided", "split", "__getitem__"}
-FACTS = {
-    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.numel,
-    torch.Tensor.storage_offset,
-    torch.Tensor.size,
-}
 CONSTANTS: dict[Any, Any] = {
     torch.Tensor.is_cuda.__get__: True,  # type: ignore[attr-defined]
     torch.Tensor.device.__get__: CUDA,
@@ -327,29 +321,83 @@ def allocate(memory: torch.Tensor) -> Any:
         return wrap(memory, Memory(memory))
 
 
-def new_memory(shape: Any, dtype: torch.dtype, *, is_zeroed: bool) -> Any:
-    """With whatever was there before; zeros come later, as a kernel on the current stream."""
+def new_memory(like: torch.Tensor) -> Any:
+    """With whatever was there before."""
     DEVICE.allocations += 1
-    memory = torch.empty(shape, dtype=dtype, device="cpu")
-    memory.view(-1).view(torch.uint8).fill_(GARBAGE)
-    if is_zeroed:
-        DEVICE.current().queue(memory.zero_)
+    memory = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu")
+    bytes_of(memory).fill_(GARBAGE)
     return allocate(memory)
 
 
-def begin(func: Any, args: Any, non_blocking: bool = False) -> Any:
-    """Queue a copy or a fill on the current stream; one of host memory is waited for, unless told not to and pinned."""
-    raws = [raw(x) if isinstance(x, torch.Tensor) else x for x in args]
-    DEVICE.current().queue(lambda: func(*raws))
-    host = [x for x in args if isinstance(x, torch.Tensor) and not isinstance(x, Tensor)]
-    if host and not (non_blocking and all(hasattr(x, "is_in_pinned_memory") for x in host)):
-        DEVICE.waiting_copies += 1
-        DEVICE.current().run(len(DEVICE.current().tasks))
-    return args[0]
+def wait_for_current_stream() -> None:
+    DEVICE.waits += 1
+    DEVICE.current().run(len(DEVICE.current().tasks))
+
+
+def call(func: Any, args: Any, kwargs: Any) -> Any:
+    """What ``func`` does and returns on the device."""
+    ours: list[tuple[torch.Tensor, Any]] = []  # tensors without data, and those for which they stand
+
+    def without_data(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            ours.append((torch.empty_strided(raw(x).shape, raw(x).stride(), dtype=raw(x).dtype, device="meta"), x))
+            return ours[-1][0]
+        assert not isinstance(x, torch.Tensor) or x.dim() == 0, f"{func} on tensors of the device and of the host"
+        return x
+
+    raw_args, raw_kwargs = tree_map(lambda x: raw(x) if isinstance(x, Tensor) else x, (args, kwargs))
+    shape_args, shape_kwargs = tree_map(without_data, (args, kwargs))
+    shape_kwargs.pop("generator", None)
+    try:
+        shapes, structure = tree_flatten(func(*shape_args, **shape_kwargs))
+    except (NotImplementedError, RuntimeError):  # without data there is no result
+        wait_for_current_stream()
+        return tree_map_only(torch.Tensor, torch.Tensor.clone, func(*raw_args, **raw_kwargs))
+
+    is_fact = func.__name__ == "__get__" or not any(x is None or isinstance(x, torch.Tensor) for x in shapes)
+    viewed = [x for one, x in ours if any(shares_memory(one, shape) for shape in shapes)]
+    if is_fact or viewed:
+        result = func(*raw_args, **raw_kwargs)
+        return tree_map_only(torch.Tensor, lambda x: wrap(x, viewed[0].memory), result)
+
+    def result_of(shape: Any) -> Any:
+        if not isinstance(shape, torch.Tensor):
+            return shape
+        written = [x for one, x in ours if one is shape]
+        return written[0] if written else new_memory(shape)
+
+    results = [result_of(shape) for shape in shapes]
+
+    def kernel() -> None:
+        for result, found in zip(results, tree_leaves(func(*raw_args, **raw_kwargs)), strict=True):
+            if isinstance(result, Tensor):
+                raw(result).copy_(found)
+
+    if not func.__name__.startswith("new_empty") and not func.__name__.startswith("empty"):
+        DEVICE.current().queue(kernel, *results, *(x for _, x in ours))
+    return tree_unflatten(results, structure)
+
+
+def shares_memory(x: torch.Tensor, view: Any) -> bool:
+    """Whether ``view`` is another tensor in the memory of ``x``."""
+    if not isinstance(view, torch.Tensor) or view is x:
+        return False
+    return bool(view.untyped_storage()._cdata == x.untyped_storage()._cdata)
+
+
+def copy_from_or_to_the_host(target: Any, source: Any, non_blocking: bool = False) -> Any:
+    """Waited for, unless told not to and the host's memory is pinned."""
+    raw_target, raw_source = raw(target), raw(source)
+    DEVICE.current().queue(lambda: raw_target.copy_(raw_source), target, source)
+    host = source if isinstance(target, Tensor) else target
+    if not (non_blocking and hasattr(host, "is_in_pinned_memory")):
+        wait_for_current_stream()
+    return target
 
 
 def pin_memory(x: torch.Tensor) -> torch.Tensor:
     DEVICE.check_current()  # the memory is pinned for that one
+    DEVICE.pinned += 1
     pinned = x.clone()
     pinned.is_in_pinned_memory = True  # type: ignore[attr-defined]
     return pinned
@@ -367,12 +415,12 @@ def pack_runs(
         counted = runs.pack_runs(source, kept, coefficients, pieces, words, zeros=zeros, seed=seed)
         found[:] = torch.tensor(counted, device="cpu")
 
-    DEVICE.current().queue(kernel)
+    DEVICE.current().queue(kernel, bucket, momentum, out, counts)
 
 
 def unpack_runs(words: Any, pieces: Any, bucket: Any, *, scale: float) -> None:
     source, target = raw(words), raw(bucket)
-    DEVICE.current().queue(lambda: runs.unpack_runs(source, pieces, target, scale=scale))
+    DEVICE.current().queue(lambda: runs.unpack_runs(source, pieces, target, scale=scale), words, bucket)
 
 
 def pack_ternary_runs(bucket: Any, pieces: Any, out: Any, counts: Any, *, stride: int, threshold: float) -> None:
@@ -382,12 +430,16 @@ def pack_ternary_runs(bucket: Any, pieces: Any, out: Any, counts: Any, *, stride
         counted = runs.pack_ternary_runs(source, pieces, words, stride=stride, threshold=threshold)
         found[:] = torch.tensor(counted, device="cpu")
 
-    DEVICE.current().queue(kernel)
+    DEVICE.current().queue(kernel, bucket, out, counts)
 
 
 def unpack_ternary_runs(words: Any, pieces: Any, stride: int, bucket: Any, *, scale: float) -> None:
     source, target = raw(words), raw(bucket)
-    DEVICE.current().queue(lambda: runs.unpack_ternary_runs(source, pieces, stride, target, scale=scale))
+
+    def kernel() -> None:
+        runs.unpack_ternary_runs(source, pieces, stride, target, scale=scale)
+
+    DEVICE.current().queue(kernel, words, bucket)
 
 
 class DeviceRuns:
@@ -395,6 +447,12 @@ class DeviceRuns:
     def of(table: Any, num_coordinates: int, num_words: int, device: torch.device) -> Any:
         return table
 
+
+def generator(device: torch.device | str = "cpu") -> torch.Generator:
+    return right_generator("cpu")
+
+
+right_generator = torch.Generator
 
 PATCHES: dict[Any, dict[str, Any]] = {
     torch.cuda: {
@@ -406,6 +464,7 @@ PATCHES: dict[Any, dict[str, Any]] = {
         "is_current_stream_capturing": lambda: False,
     },
     torch.futures: {"Future": Future},
+    torch: {"Generator": generator},
     torch.Tensor: {"pin_memory": pin_memory},
     cuda: {"module_for": lambda op, name, device: None},
     cuda_runs: {

@@ -153,12 +153,12 @@ UNTYPED_OPS: Any = ops
             "majority_vote_ternary: out overlaps stack",
         ),
         (
-            lambda x, w: signvote.majority_vote_ternary([w.view(2, 2), w[:2].view(2, 1)]),
+            lambda x, w: UNTYPED_OPS.majority_vote_ternary([w.view(2, 2), w[:2].view(2, 1)]),
             ValueError,
             "majority_vote_ternary: stack[1] has shape torch.Size([2, 1]), expected (2, 2)",
         ),
         (
-            lambda x, w: signvote.majority_vote_ternary([w.view(2, 2), w]),
+            lambda x, w: UNTYPED_OPS.majority_vote_ternary([w.view(2, 2), w]),
             ValueError,
             "majority_vote_ternary: stack[1] has shape torch.Size([4]), expected (2, 2)",
         ),

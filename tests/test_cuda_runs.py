@@ -15,14 +15,16 @@ import reference
 from cuda_stand_in import AS_TENSOR, each_dtype, same_floats, to_numpy, to_tensor
 from samples import BITS, mixture, store, values
 from signvote import cuda_runs
+from signvote.ddp.ballot import Ballot
 from signvote.ddp.codec import CudaCodec, Streams
-from signvote.ddp.layout import BucketLayout
+from signvote.ddp.layout import BucketLayout, MessageLayout
+from signvote.ddp.options import Coefficients, Threshold
 from signvote.ddp.stats import Counters
 from signvote.ddp.topology import Sharded
-from signvote.ddp.trailer import TRAILER_WORDS
 
 SEED = 2**63 + 12345
 LION = (0.9, 0.1, 0.99, 0.01)
+SIGNUM = (0.9, 0.1, 0.9, 0.1)
 
 pytestmark = pytest.mark.timeout(600)  # compilers, on a machine that may be busy
 
@@ -130,8 +132,10 @@ class AtOnce:
         return 1.0
 
 
-@each_dtype
-def test_codec_of_the_hook(device: torch.device, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def new_codec(
+    device: torch.device, bucket: torch.Tensor, num_planes: int, monkeypatch: pytest.MonkeyPatch
+) -> CudaCodec:
+    """Of parameters of which one is dense, between two that are voted on."""
     if device.type == "cpu":
         for name in ("Stream", "Event"):
             monkeypatch.setattr(torch.cuda, name, AtOnce)
@@ -139,35 +143,165 @@ def test_codec_of_the_hook(device: torch.device, dtype: str, monkeypatch: pytest
         monkeypatch.setattr(torch.cuda, "stream", nullcontext)
         monkeypatch.setattr(torch.cuda, "device", nullcontext)
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    layout = BucketLayout(NUMELS, PLACES, 3, dense=frozenset({DENSE}), itemsize=bucket.itemsize)
+    messages = MessageLayout(layout, num_planes, num_numbers=3)
+    exchange = Sharded(messages, messages, 0, 3)
+    return CudaCodec(bucket, messages, messages, messages, exchange, Counters(), Streams.of(device))
+
+
+NUMELS, PLACES, DENSE = [5000, 1, 300, 70], [2, 0, 3, 1], 3
+IN_DENSE = np.repeat(PLACES, NUMELS) == DENSE
+
+
+def ballot(coefficients: Coefficients, seed: int, **options: Any) -> Ballot:
+    other = {"threshold": None, "dither": 0.0, "is_finite_only": True} | options
+    return Ballot(
+        coefficients=coefficients,
+        zeros="coin",
+        seed=seed,
+        dither_seed=lambda place: place,
+        has_magnitudes=True,
+        **other,
+    )
+
+
+def mean_magnitudes(x: NDArray[Any]) -> list[np.float32]:
+    """Of each voted parameter, what is not finite left out."""
+    finite = np.where(np.isfinite(x), x, 0.0)
+    parts = np.split(np.abs(finite), np.cumsum(NUMELS)[:-1])
+    with np.errstate(over="ignore"):
+        return [np.float32(part.mean()) for part, place in zip(parts, PLACES, strict=True) if place != DENSE]
+
+
+def dense_bits(codec: CudaCodec, message: torch.Tensor, bucket: torch.Tensor) -> NDArray[Any]:
+    """Of the dense parameter, in a message."""
+    rows = codec._sent_layout.dense_of(message, bucket.dtype)
+    pieces = codec._sent_layout.bucket.dense_pieces()
+    found: NDArray[Any] = np.concatenate(
+        [to_numpy(rows[piece.shard, piece.offset : piece.offset + piece.numel].clone()) for piece in pieces]
+    )
+    return found
+
+
+@each_dtype
+def test_codec_of_the_hook(device: torch.device, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    layout = BucketLayout([5000, 1, 70], [2, 0, 1], 3, TRAILER_WORDS)
-    stored = mixture(rng, layout.numel, dtype)
-    start = mixture(rng, layout.numel, "float64" if dtype == "float64" else "float32", finite=True)
+    stored = mixture(rng, sum(NUMELS), dtype)
+    start = mixture(rng, sum(NUMELS), "float64" if dtype == "float64" else "float32", finite=True)
     bucket, momentum = to_tensor(stored, device, dtype), to_tensor(start, device, str(start.dtype))
-    exchange, counters = Sharded(layout, 0, 3), Counters()
-    codec = CudaCodec(bucket, layout.runs, exchange, counters, Streams.of(device))
+    codec = new_codec(device, bucket, 1, monkeypatch)
+    layout, exchange, counters = codec._sent_layout, codec._exchange, codec._counters
     for step in range(2):
-        expected: NDArray[np.uint32] = np.zeros(exchange.sent.numel(), np.uint32)
-        before = bucket.to("cpu", copy=True).double().numpy()
-        found = reference.pack_runs(before.astype(start.dtype), start, LION, layout.runs, expected, "coin", step)
-        codec.pack(bucket, momentum, LION, zeros="coin", seed=step, is_last=True)
-        assert codec.packed() == found
-        assert np.array_equal(to_numpy(exchange.sent).reshape(-1), expected)
+        expected: NDArray[np.uint32] = np.zeros(exchange.sent.shape, np.uint32)
+        before, bits = bucket.to("cpu", copy=True).double().numpy(), to_numpy(bucket).copy()
+        x = before.astype(start.dtype)
+        zeros, nonfinite = reference.pack_runs(x, start, LION, layout.runs, expected.reshape(-1), "coin", step)
+        codec.pack(bucket, momentum, ballot(LION, step), is_last=True)
+        packed = codec.packed()
+        assert (packed.zeros, packed.nonfinite) == (zeros, nonfinite + int((~np.isfinite(before[IN_DENSE])).sum()))
+        np.testing.assert_allclose(packed.magnitudes, mean_magnitudes(before), rtol=1e-6)
+        assert np.array_equal(to_numpy(layout.words_of(exchange.sent).clone()), layout_words(layout, expected))
+        assert np.array_equal(dense_bits(codec, exchange.sent, bucket), bits[IN_DENSE])
         assert same_floats(to_numpy(momentum), start)
 
         words = rng.integers(0, 2**32, exchange.result.numel(), dtype=np.uint32)
         exchange.result.view(-1).copy_(torch.from_numpy(words.view(np.int32)))
         codec.unpack(bucket, scale=0.5)
         codec.hand_over()
-        unpacked: NDArray[Any] = np.concatenate(
-            [reference.bits_of(words[word:], numel) for _, _, numel, _, word in layout.runs.tolist()]
-        )
-        assert np.array_equal(bucket.double().cpu().numpy(), np.where(unpacked, 0.5, -0.5))
+        unpacked: NDArray[Any] = np.zeros(sum(NUMELS), bool)
+        for _, _, numel, coordinate, word in layout.runs.tolist():
+            unpacked[coordinate : coordinate + numel] = reference.bits_of(words[word:], numel)
+        voted = bucket.double().cpu().numpy()
+        assert np.array_equal(voted[~IN_DENSE], np.where(unpacked, 0.5, -0.5)[~IN_DENSE])
+        assert np.array_equal(to_numpy(bucket)[IN_DENSE], dense_bits(codec, exchange.result, bucket))
     assert counters.pack_seconds > 0
     assert counters.unpack_seconds > 0
     codec.fill(bucket, torch.nan)
     codec.hand_over()
     assert bucket.isnan().all()
+
+
+def layout_words(layout: MessageLayout, message: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    return to_numpy(layout.words_of(torch.from_numpy(message.view(np.int32))).clone())
+
+
+@pytest.mark.parametrize("coefficients", [None, SIGNUM, LION], ids=["gradient", "signum", "lion"])
+@each_dtype
+def test_codec_of_the_hook_with_abstention(
+    device: torch.device, dtype: str, coefficients: Coefficients | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    wide = "float64" if dtype == "float64" else "float32"
+    bucket = to_tensor(mixture(rng, sum(NUMELS), dtype, finite=True), device, dtype)
+    codec = new_codec(device, bucket, 2, monkeypatch)
+    layout, exchange = codec._sent_layout, codec._exchange
+    x = bucket.double().cpu().numpy().astype(wide)
+    sent, momentum, kept = x, None, x
+    if coefficients is not None:
+        start = mixture(rng, sum(NUMELS), wide, finite=True)
+        momentum = to_tensor(start, device, wide)
+        _, sent, _, _ = reference.pack_momentum(x, start, coefficients[:2] * 2)
+        _, kept, _, _ = reference.pack_momentum(x, start, coefficients[2:] * 2)
+        kept = np.where(IN_DENSE, start, kept)
+    expected: NDArray[np.uint32] = np.zeros(exchange.sent.shape, np.uint32)
+    votes = np.where(x == 0, 0, sent).astype(wide)
+    reference.pack_ternary_runs(votes, layout.runs, expected.reshape(-1), layout.stride, 0.5)
+    threshold = Threshold(0.5, is_relative=False)
+    codec.pack(bucket, momentum, ballot(coefficients or SIGNUM, 0, threshold=threshold), is_last=True)
+    packed = codec.packed()
+    assert packed.zeros == int(((np.abs(votes) <= 0.5) & ~IN_DENSE).sum())
+    assert packed.nonfinite == int((~np.isfinite(sent) & ~IN_DENSE).sum())
+    assert np.array_equal(to_numpy(layout.words_of(exchange.sent).clone()), layout_words(layout, expected))
+    if momentum is not None:
+        assert same_floats(to_numpy(momentum), kept)
+
+    words = rng.integers(0, 2**32, exchange.result.numel(), dtype=np.uint32)
+    exchange.result.view(-1).copy_(torch.from_numpy(words.view(np.int32)))
+    signs: NDArray[np.float64] = np.zeros(sum(NUMELS))
+    for _, _, numel, coordinate, word in layout.runs.tolist():
+        planes = reference.planes_in(words, word, numel, layout.stride)
+        signs[coordinate : coordinate + numel] = reference.ternary_of(planes, numel)
+    bucket.clamp_(-1e4, 1e4)  # so that no sum overflows
+    x = bucket.double().cpu().numpy()
+    np.testing.assert_allclose(codec.progress(bucket)(), (signs * x)[~IN_DENSE].sum(), rtol=1e-9)
+    scales = [0.5, 2.0, 0.25]
+    codec.unpack(bucket, scale=scales)
+    codec.hand_over()
+    factors = np.repeat([0.5, 2.0, np.nan, 0.25], NUMELS)
+    assert np.array_equal(bucket.double().cpu().numpy()[~IN_DENSE], (signs * factors)[~IN_DENSE])
+
+
+@pytest.mark.parametrize("threshold", [None, Threshold(0.3, is_relative=True)], ids=["noise", "relative_threshold"])
+@each_dtype
+def test_codec_of_the_hook_disturbs_a_copy(
+    device: torch.device, dtype: str, threshold: Threshold | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    bucket = to_tensor(mixture(rng, sum(NUMELS), dtype, finite=True), device, dtype)
+    bucket.clamp_(-100, 100)
+    bits = to_numpy(bucket).copy()
+    codec = new_codec(device, bucket, 1 if threshold is None else 2, monkeypatch)
+    chosen = ballot(SIGNUM, 0, threshold=threshold, dither=0.0 if threshold else 0.5)
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    votes = bucket.to(wide, copy=True)
+    for part in codec._sent_layout.bucket.voted:
+        value = part.of(votes)
+        rms = value.double().square().mean().sqrt()
+        if threshold is not None:
+            value[value.abs() <= (0.3 * rms).to(wide)] = 0
+        else:
+            generator = torch.Generator(device).manual_seed(part.place)
+            value += torch.randn(part.numel, dtype=wide, device=device, generator=generator) * (0.5 * rms).to(wide)
+    expected: NDArray[np.uint32] = np.zeros(codec._exchange.sent.shape, np.uint32)
+    layout, values_sent = codec._sent_layout, votes.cpu().numpy()
+    if threshold is None:
+        reference.pack_runs(values_sent, None, SIGNUM, layout.runs, expected.reshape(-1), "coin", 0)
+    else:
+        reference.pack_ternary_runs(values_sent, layout.runs, expected.reshape(-1), layout.stride, 0.0)
+    codec.pack(bucket, None, chosen, is_last=True)
+    codec.packed()
+    assert np.array_equal(to_numpy(layout.words_of(codec._exchange.sent).clone()), layout_words(layout, expected))
+    assert np.array_equal(to_numpy(bucket), bits)
 
 
 def test_cut_runs() -> None:

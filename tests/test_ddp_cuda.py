@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ddp_jobs import Job, Outcome, batches, build, digest, in_memory_order, step, train
 from ranks import RankPool
-from signvote.ddp import MajorityVoteState
+from signvote.ddp import CalibratedSwitch, MajorityVoteState
 from signvote.ddp.codec import CudaCodec
 from test_ddp_training import FEATURES, OPTIONS, TINY_BUCKETS, check_against_simulation
 
@@ -59,9 +59,70 @@ def test_options_equal_simulation(ranks: RankPool, options: str) -> None:
     check(ranks, Job("rows", options=OPTIONS[options], ddp=TINY_BUCKETS, devices=GPU), 2)
 
 
-@pytest.mark.parametrize("feature", ["rebuilt_buckets", "mixed_dtypes", "untouched_rows"])
+@pytest.mark.parametrize("feature", ["rebuilt_buckets", "mixed_dtypes", "untouched_rows", "weights", "switch_to_dense"])
 def test_ranks_on_cpu_and_gpu_vote_together(ranks: RankPool, feature: str) -> None:
     check(ranks, replace(FEATURES[feature], devices=("cpu", *GPU)), 4)
+
+
+@pytest.mark.parametrize("model", ["rows", "mixed"])
+@pytest.mark.parametrize("options", ["relative_threshold", "exclude", "dithered_lion", "abstain_with_everything"])
+def test_options_of_ranks_on_cpu_and_gpu_equal_simulation(ranks: RankPool, options: str, model: str) -> None:
+    """Each draws the noise of its own device."""
+    check(ranks, Job(model, options=OPTIONS[options], ddp=TINY_BUCKETS, devices=("cpu", *GPU), weights=(2, 1)), 2)
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """What packs and unpacks fails where it makes the host wait for the device."""
+
+    def checked(right: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return right(*arguments, **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return call
+
+    with ExitStack() as stack:
+        for name in ("pack", "progress", "unpack"):
+            stack.enter_context(mock.patch.object(CudaCodec, name, checked(getattr(CudaCodec, name))))
+        yield
+
+
+def train_without_waits(job: Job) -> bytes:
+    with no_waits():
+        return train_to_bytes(job)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_do_not_wait_for_the_device(ranks: RankPool, options: str) -> None:
+    job = Job("rows", options=OPTIONS[options], ddp=TINY_BUCKETS, devices=GPU, switch=10)
+    check(ranks, job, 2, train_without_waits)
+
+
+def switch_by_a_rule(job: Job) -> tuple[int | None, float | None]:
+    """The step from which on the mean is taken, and the learning rate of SGD."""
+    ddp, state, _ = build(job)
+    state.switch_to_dense(rule=CalibratedSwitch(beta=0.5, tolerance=0.5), lr=0.01)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
+    with no_waits():
+        for x in batches(job.steps, dist.get_rank()):
+            step(ddp, optimizer, job, x)
+    return state.switched_at, state.calibrated_lr
+
+
+def test_rule_switches_as_on_the_cpu(ranks: RankPool) -> None:
+    job = Job(options={"nonfinite": "ignore"}, ddp=TINY_BUCKETS, record=False)
+    on_cpu, on_both, on_gpu = (
+        ranks.run(switch_by_a_rule, replace(job, devices=devices), world=2, timeout=TIMEOUT)
+        for devices in (("cpu",), ("cpu", *GPU), GPU)
+    )
+    (step, learning_rate), _ = on_cpu
+    assert step is not None
+    for found in (on_cpu, on_both, on_gpu):
+        assert found[0] == found[1] == (step, pytest.approx(learning_rate, rel=0.01))
 
 
 @pytest.mark.parametrize("feature", ["plain", "rebuilt_buckets", "gradient_as_bucket_view", "static_graph", "no_sync"])
@@ -248,9 +309,10 @@ def test_caller_finds_the_votes_however_late_a_stream_is(ranks: RankPool, op: st
 
 
 @pytest.mark.parametrize(("op", "stream"), [("pack", "leaving"), ("unpack", "returning")])
-def test_late_streams_equal_simulation(ranks: RankPool, op: str, stream: str) -> None:
+@pytest.mark.parametrize("options", ["signum", "mean_abs", "abstain_with_everything"])
+def test_late_streams_equal_simulation(ranks: RankPool, options: str, op: str, stream: str) -> None:
     """On a side stream, from which the next step's gradients come."""
-    job = replace(FEATURES["gradient_as_bucket_view"], devices=GPU, side_stream="all")
+    job = replace(FEATURES["gradient_as_bucket_view"], options=OPTIONS[options], devices=GPU, side_stream="all")
     check(ranks, job, 2, partial(train_late, op=op, stream=stream))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -28,7 +28,7 @@ import simulated_cuda
 from ddp_simulation import Simulation
 from ranks import RankPool
 from signvote import cuda, cuda_runs, runs
-from signvote.ddp import MajorityVoteState, codec, hook, majority_vote_hook, momentum, voter
+from signvote.ddp import CalibratedSwitch, MajorityVoteState, codec, hook, majority_vote_hook, momentum, voter
 from simulated_cuda import DEVICE, Stream, allocate, raw, simulated, stream_context
 
 NUMELS = {"a": 70, "b": 1000, "c": 33}
@@ -37,6 +37,48 @@ FIRST_BUCKETS, BUCKETS = [["c", "b"], ["a"]], [["b"], ["c", "a"]]
 STEPS = 7
 SAVED_AT = 3  # and loaded into another state
 POISONED = (0, 5, "a")  # which makes its bucket, {"a", "c"}, NaN on all ranks
+STEADY = 5  # from which step on buckets and phases stay as they are
+
+
+def fading(step: int) -> float:
+    """Noise that ends with the step in which a gradient is not finite."""
+    return 0.5 if step <= POISONED[1] + 1 else 0.0
+
+
+# Those of the state; weights of the ranks; from which step on, the first of which is 1, the mean is taken, and whether
+# a rule finds that out.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "constant_bits": {"momentum": 0.0, "zeros": "positive", "ties": "negative"},
+    "abstain": {"abstain": True, "quorum": 2},
+    "abstain_lion": {"momentum": (0.9, 0.99), "abstain": True, "warmup_steps": 4},
+    "threshold": {"momentum": 0.0, "abstain": 0.5},
+    "relative_threshold": {"momentum": (0.9, 0.99), "abstain": "rms:0.5", "quorum": 0.3},
+    "zero_ties": {"ties": "zero", "scale": 0.5},
+    "noise": {"dither": fading},
+    "noise_and_threshold": {"momentum": 0.0, "abstain": "rms:0.5", "dither": 0.4},
+    "dense_steps": {"momentum": (0.9, 0.99), "dense_steps": 2, "warmup_steps": 4},
+    "dense_steps_only": {"dense_steps": STEPS + 1},
+    "exclude": {"exclude": ["a"], "dense_steps": 2},
+    "mean_abs": {"scale": "mean_abs", "track_agreement": True},
+    "weights": {"weights": [1, 3], "abstain": True},
+    "switch": {"switch": 5},
+    "switch_by_a_rule": {"switch": 4, "has_rule": True},
+    "everything": {
+        "abstain": "rms:0.2",
+        "quorum": 0.4,
+        "warmup_steps": 3,
+        "dense_steps": 1,
+        "exclude": ["c"],
+        "scale": "mean_abs",
+        "dither": 0.1,
+        "track_agreement": True,
+        "weights": [2, 1],
+        "switch": 5,
+        "has_rule": True,
+    },
+}
+# These need memory of the device while they pack, from the caching allocator.
+TEMPORARIES = {"abstain_lion", "relative_threshold", "noise", "noise_and_threshold", "mean_abs", "everything"}
 
 # What orders work on the device, keeps its memory or makes it current: (where it is found, its name).
 ORDERING = [
@@ -58,7 +100,6 @@ KINDS = {
     simulated_cuda.FREED_MEMORY: MEMORY,
     "ranks are out of step": VOTES,
     "out of bounds for int32": VOTES,
-    simulated_cuda.WAITS: COST,
     simulated_cuda.WRONG_DEVICE: DEVICE_USED,
     simulated_cuda.NO_TIME: TIMES,
 }
@@ -109,11 +150,22 @@ def gradients(rank: int, step: int, name: str) -> torch.Tensor:
 Votes = list[dict[str, torch.Tensor]]
 
 
-def train(**options: Any) -> tuple[Votes, int]:
-    """The votes of each step, and how often the hook allocated or waited for a copy in steps that change no bucket.
+class Outcome(NamedTuple):
+    """The votes of each step, coordinates that were not finite, and what steps cost that begin nothing.
 
-    The backward pass of each step runs on another stream, whoever needs the votes is on a third one, and none of them
-    waits for anything but the future.
+    ``allocations`` are of memory of the device; ``waits`` are those of the thread that computes, and for copies, and
+    memory that is pinned.
+    """
+
+    votes: Votes
+    nonfinite: int
+    allocations: int = 0
+    waits: int = 0
+
+
+def train(**options: Any) -> Outcome:
+    """The backward pass of each step runs on another stream, whoever needs the votes is on a third one, and none of
+    them waits for anything but the future.
     """
     rank = dist.get_rank()
     parameters = {name: nn.Parameter(torch.zeros(numel)) for name, numel in NUMELS.items()}
@@ -121,14 +173,15 @@ def train(**options: Any) -> tuple[Votes, int]:
     backward, reader, elsewhere = (Stream(), Stream()), Stream(), Stream()
     votes: Votes = [{} for _ in range(STEPS)]
     kept = []
-    costs = 0
+    allocations = waits = 0
     for step in range(STEPS):
         futures = []
         if step == SAVED_AT:
             saved = state.state_dict()
             state = new_state(parameters, **options)
             state.load_state_dict(saved)
-        before = DEVICE.allocations + DEVICE.waiting_copies
+        if step == STEADY:
+            allocations, waits = DEVICE.allocations, DEVICE.waits + DEVICE.pinned
         with stream_context(backward[step % 2]):
             buckets = BUCKETS if step else FIRST_BUCKETS
             for index, names in enumerate(buckets):
@@ -144,18 +197,18 @@ def train(**options: Any) -> tuple[Votes, int]:
             for future, names, memory in futures:
                 wait_as_ddp(future)
                 reader.queue(partial(read, memory, names, votes[step]))
-        if step not in (0, 1, SAVED_AT):
-            costs += DEVICE.allocations + DEVICE.waiting_copies - before
         if step % 2:
             reader.run(len(reader.tasks))
         if step == 2:
             # Not always: what is freed has its streams do what was begun.
             kept.clear()
+    allocations, waits = DEVICE.allocations - allocations, DEVICE.waits + DEVICE.pinned - waits
+    nonfinite = state.stats().nonfinite
     finish(state, parameters, elsewhere)
-    return votes, costs
+    return Outcome(votes, nonfinite, allocations, waits)
 
 
-def train_on_the_cpu(**options: Any) -> tuple[Votes, int]:
+def train_on_the_cpu(**options: Any) -> Outcome:
     """The same votes by a rank without a device."""
     parameters = {name: nn.Parameter(torch.zeros(numel)) for name, numel in NUMELS.items()}
     state = new_state(parameters, **options)
@@ -170,13 +223,27 @@ def train_on_the_cpu(**options: Any) -> tuple[Votes, int]:
             buffer = torch.cat([gradients(dist.get_rank(), step, name) for name in names])
             bucket = Bucket(index, [parameters[name] for name in names], buffer, index + 1 == len(buckets))
             read(call_hook(state, bucket).wait(), names, votes[step])
+    nonfinite = state.stats().nonfinite
     call_hook(state, Bucket(0, [parameters["b"]], torch.zeros(NUMELS["b"]), False)).wait()  # as in finish()
-    return votes, 0
+    return Outcome(votes, nonfinite)
 
 
-def new_state(parameters: dict[str, nn.Parameter], **options: Any) -> MajorityVoteState:
+def new_state(
+    parameters: dict[str, nn.Parameter],
+    *,
+    weights: list[int] | None = None,
+    switch: int | None = None,
+    has_rule: bool = False,
+    **options: Any,
+) -> MajorityVoteState:
     state = MajorityVoteState(**options)
     state.name_parameters(parameters.items())
+    if weights is not None:
+        state.weight = weights[dist.get_rank()]
+    if has_rule:
+        state.switch_to_dense(rule=CalibratedSwitch(beta=0.5, tolerance=1e9), lr=0.1)  # of two votes
+    elif switch is not None:
+        state.switch_to_dense(switch)
     return state
 
 
@@ -240,40 +307,44 @@ Seen = set[tuple[str, int, str]]
 
 def train_on_the_simulated_device(
     place: tuple[str, int] | None = None, checks_times: bool = True, options: dict[str, Any] | None = None
-) -> tuple[tuple[Votes, int], Seen]:
+) -> tuple[Outcome, Seen]:
     seen: Seen = set()
     with simulated(), buckets_of_ours(), left_out(place, seen):
         DEVICE.checks_times = checks_times
         return train(**options or {}), seen
 
 
-def train_on_mixed_ranks(cpu_rank: int, options: dict[str, Any]) -> tuple[tuple[Votes, int], Seen]:
+def train_on_mixed_ranks(cpu_rank: int, options: dict[str, Any]) -> tuple[Outcome, Seen]:
     if dist.get_rank() != cpu_rank:
         return train_on_the_simulated_device(options=options)
     with buckets_of_ours():
         return train_on_the_cpu(**options), set()
 
 
-def what_goes_wrong(outcomes: list[Any]) -> tuple[str, str] | None:
+def what_goes_wrong(outcomes: list[Any], options: str = "") -> tuple[str, str] | None:
     """The kind of what is wrong with the votes of all ranks, or with what they cost, if anything; and its text."""
     errors = [str(outcome) for outcome in outcomes if isinstance(outcome, BaseException)]
     if errors:
         # Of several ranks one may only tell of the end of another.
         found = [(kind, said) for error in errors for said, kind in KINDS.items() if said in error]
         return found[0] if found else (OTHER, errors[0])
-    simulation = Simulation(len(outcomes), list(NUMELS))
+    simulated_options = {name: value for name, value in OPTIONS.get(options, {}).items() if name != "has_rule"}
+    simulation = Simulation(len(outcomes), list(NUMELS), **simulated_options)
     for step in range(STEPS):
         local = [{name: gradients(rank, step, name) for name in NUMELS} for rank in range(len(outcomes))]
         expected = simulation.vote(local)
         if step == POISONED[1]:
             expected.update({name: torch.full_like(expected[name], torch.nan) for name in ("a", "c")})
-        for (votes, _), _ in outcomes:
+        for outcome, _ in outcomes:
+            votes = outcome.votes[step]
             for name in NUMELS:
-                if name not in votes[step] or not votes[step][name].allclose(expected[name], 0, 0, equal_nan=True):
+                if name not in votes or not votes[name].allclose(expected[name], 0, 0, equal_nan=True):
                     return VOTES, f"in step {step}"
-    for (_, costs), _ in outcomes:
-        if costs != 0:
-            return COST, f"{costs} allocations and copies that wait"
+    for outcome, _ in outcomes:
+        if outcome.nonfinite != 1:
+            return VOTES, f"{outcome.nonfinite} coordinates are not finite"
+        if outcome.waits or (outcome.allocations and options not in TEMPORARIES):
+            return COST, f"{outcome.allocations} allocations, {outcome.waits} waits"
     return None
 
 
@@ -281,6 +352,18 @@ def what_goes_wrong(outcomes: list[Any]) -> tuple[str, str] | None:
 def test_order(ranks: RankPool, topology: str) -> None:
     options = {"topology": topology}
     assert what_goes_wrong(ranks.outcomes(train_on_the_simulated_device, None, True, options, world=2)) is None
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_order_with_options(ranks: RankPool, options: str) -> None:
+    outcomes = ranks.outcomes(train_on_the_simulated_device, None, True, OPTIONS[options], world=2)
+    assert what_goes_wrong(outcomes, options) is None
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_ranks_with_and_without_a_device_vote_together_with_options(ranks: RankPool, options: str) -> None:
+    outcomes = ranks.outcomes(train_on_mixed_ranks, 1, OPTIONS[options], world=2)
+    assert what_goes_wrong(outcomes, options) is None
 
 
 @pytest.mark.parametrize("topology", ["sharded", "allgather", "server"])

@@ -1,5 +1,6 @@
 """The hook on real gloo ranks equals the single-process simulation, bit for bit and from the first step on."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -37,6 +38,8 @@ FEATURES = {
     "untouched_rows": Job("rows"),
     "channels_last": Job("channels_last"),
     "forty_buckets_and_delays": Job("deep", ddp=TINY_BUCKETS, delays=True),
+    "weights": Job("rows", weights=(3, 1)),
+    "switch_to_dense": Job(switch=7),
 }
 
 
@@ -50,6 +53,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lion": {"momentum": (0.9, 0.99), "seed": 2**64 - 1},
     "constant_bits": {"momentum": 0.0, "zeros": "positive", "ties": "negative", "scale": 0.25},
     "constant_bits_reversed": {"zeros": "negative", "ties": "positive"},
+}
+ONE_BIT = list(OPTIONS)
+
+OPTIONS |= {
     "warmup": {"warmup_steps": 5},
     "dense_steps": {"dense_steps": 3},
     "dense_steps_then_warmup": {"momentum": (0.9, 0.99), "dense_steps": 3, "warmup_steps": 6},
@@ -103,7 +110,12 @@ def check_against_simulation(job: Job, outcomes: list[Outcome]) -> None:
     patterns = job.options.get("exclude", [])
     options["exclude"] = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
     simulation = Simulation(
-        len(outcomes), names, weights=[job.weights[rank % len(job.weights)] for rank in range(len(outcomes))], **options
+        len(outcomes),
+        names,
+        weights=[job.weights[rank % len(job.weights)] for rank in range(len(outcomes))],
+        devices=job.devices,
+        switch=job.switch or math.inf,
+        **options,
     )
     steps = len(outcomes[0].local)
     assert steps == job.steps
@@ -158,11 +170,25 @@ def test_auto_equals_simulation(ranks: RankPool, feature: str) -> None:
         assert exchanges[-1] == {"Sharded", "AllGather"}
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("options", "world"),
+    # the others vote in threes in test_ddp_options.py
+    [(options, world) for options in OPTIONS for world in ((1, 2, 3, 4) if options in ONE_BIT else (1, 4))],
+)
 def test_options_equal_simulation(ranks: RankPool, options: str, world: int) -> None:
     job = Job("rows", options=OPTIONS[options], ddp=TINY_BUCKETS)
     check_against_simulation(job, ranks.run(train, job, world=world))
+
+
+def train_in_pieces(job: Job) -> Outcome:
+    with mock.patch("signvote.ddp.ballot.PIECE", 64):
+        return train(job)
+
+
+@pytest.mark.parametrize("options", ["mean_abs", "dither", "relative_threshold"])
+def test_parameters_that_are_reduced_in_pieces_equal_simulation(ranks: RankPool, options: str) -> None:
+    job = Job("rows", options=OPTIONS[options])
+    check_against_simulation(job, ranks.run(train_in_pieces, job, world=2))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import signvote
-from signvote import VoteTally, _core, cuda, ops, runs
+from signvote import VoteTally, _core, runs
 from test_ops_errors import COORDINATES, NX, SENTINEL, X, check, described, misaligned, read_only, row
 
 PLANES = signvote.pack_ternary(X)
@@ -276,11 +276,3 @@ def test_tallies() -> None:
         _core.tally_add_ternary(counters, counters[1:], 1, "portable")
     with pytest.raises(ValueError, match="tally_add_ternary: weight is 8, expected an integer from 1 to 7"):
         _core.tally_add_ternary(counters, numpy_planes(), 8, "portable")
-
-
-def test_cuda_has_no_such_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "find_module", lambda: object())
-    device = torch.device("cuda", 0)
-    message = r"^pack_ternary: there is no such kernel for cuda:0, expected tensors on the CPU$"
-    with pytest.raises(NotImplementedError, match=message):
-        ops._call(_core.pack_ternary, device, (X, "float32", 0, PLANES), None, None)

@@ -11,6 +11,9 @@ import torch
 from signvote.ddp.layout import Part
 from signvote.ddp.options import Coefficients, Threshold
 
+#: So many coordinates are reduced at a time: torch makes a float64 copy of what it reduces in float64.
+PIECE = 2**22
+
 
 @dataclass(frozen=True)
 class Ballot:
@@ -101,8 +104,11 @@ def _updated(ops: BallotOps, bucket: torch.Tensor, momentum: torch.Tensor, coeff
 
 
 def _disturb(x: torch.Tensor, ballot: Ballot, place: int) -> None:
-    """Noise for a parameter, then zero where it is below a relative threshold. What is not finite stays so."""
-    rms = root_mean_square(torch.nan_to_num(x, 0.0, 0.0, 0.0))
+    """Noise for a parameter, then zero where it is below a relative threshold. What is not finite stays so.
+
+    The noise is that of the device's generator: the same seed gives other noise on another kind of device.
+    """
+    rms = _norm(x, 2, is_finite_only=True) / x.numel() ** 0.5
     if ballot.dither:
         generator = torch.Generator(x.device).manual_seed(ballot.dither_seed(place))
         noise = torch.empty_like(x).normal_(generator=generator)
@@ -111,13 +117,18 @@ def _disturb(x: torch.Tensor, ballot: Ballot, place: int) -> None:
         x.masked_fill_(x.abs() <= (ballot.threshold.value * rms).to(x.dtype), 0.0)
 
 
-def root_mean_square(x: torch.Tensor) -> torch.Tensor:
-    """As a float64 tensor of no dimension."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64) / x.numel() ** 0.5
-
-
 def magnitudes(bucket: torch.Tensor, parts: list[Part], ballot: Ballot) -> torch.Tensor:
     """The mean absolute value of each part, float32."""
-    values = torch.nan_to_num(bucket, 0.0, 0.0, 0.0) if ballot.is_finite_only else bucket
-    sums = [torch.linalg.vector_norm(part.of(values), 1, dtype=torch.float64) / part.numel for part in parts]
+    sums = [_norm(part.of(bucket), 1, is_finite_only=ballot.is_finite_only) / part.numel for part in parts]
     return torch.stack(sums).float()
+
+
+def _norm(x: torch.Tensor, order: int, *, is_finite_only: bool) -> torch.Tensor:
+    """As a float64 tensor of no dimension, without what is not finite if ``is_finite_only``."""
+    norms = [
+        torch.linalg.vector_norm(
+            torch.nan_to_num(piece, 0.0, 0.0, 0.0) if is_finite_only else piece, order, dtype=torch.float64
+        )
+        for piece in torch.split(x, PIECE)
+    ]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), order)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from signvote import cuda_runs
-from signvote.ddp.ballot import Ballot, BallotOps, cast, magnitudes
+from signvote.ddp.ballot import PIECE, Ballot, BallotOps, cast, magnitudes
 from signvote.ddp.layout import MessageLayout
 from signvote.ddp.options import Coefficients
 from signvote.ddp.stats import Counters
@@ -136,7 +136,8 @@ class Codec(BallotOps):
     def _progress(self, bucket: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         signs = torch.zeros_like(bucket)
         self._unpack_signs(words, signs, 1.0)
-        return signs.mul_(bucket).sum(dtype=torch.float64)
+        sums = [piece.sum(dtype=torch.float64) for piece in torch.split(signs.mul_(bucket), PIECE)]
+        return torch.stack(sums).sum()
 
     def _zeros(self, counted: int) -> int:
         """Coordinates without a vote: as the op counted them, with abstention all that are not active."""
@@ -357,7 +358,7 @@ class CudaCodec(Codec):
             self._counts_here = torch.zeros(3, 2, dtype=torch.int64, device="cpu").pin_memory()
             self._counted: set[int] = set()  # rows of it, in the last message
             self._magnitudes_here: torch.Tensor | None = None
-            self._progress_here = torch.zeros((), dtype=torch.float64, device="cpu").pin_memory()
+            self._progress_here: torch.Tensor | None = None
             with torch.cuda.stream(streams.returning):  # the caching allocator keeps its memory for that stream
                 self._result = bucket.new_empty(exchange.result.shape, dtype=torch.int32)
             self._pack_began, self._pack_ended, self._sent_ready, self._unpack_began, self._unpack_ended = (
@@ -459,13 +460,16 @@ class CudaCodec(Codec):
     def progress(self, bucket: torch.Tensor) -> Callable[[], float]:
         with self._unpacking(bucket):
             self._fetch()
-            self._progress_here.copy_(self._progress(bucket, self._result), non_blocking=True)
-        return self._wait_for_progress
+            if self._progress_here is None:
+                self._progress_here = torch.zeros((), dtype=torch.float64, device="cpu").pin_memory()
+            here = self._progress_here.copy_(self._progress(bucket, self._result), non_blocking=True)
 
-    def _wait_for_progress(self) -> float:
-        with self._phase("unpacking"), self.on_device():
-            self._unpack_ended.synchronize()
-        return float(self._progress_here)
+        def progress() -> float:
+            with self._phase("unpacking"), self.on_device():
+                self._unpack_ended.synchronize()
+            return float(here)
+
+        return progress
 
     def _fetch(self) -> None:
         """The result, once."""

@@ -82,73 +82,71 @@ def momentum(x: NDArray[Any], m: NDArray[Any], beta: float) -> NDArray[Any]:
     return kept
 
 
-def pack_ternary(x: NDArray[Any], threshold: float) -> Words:
-    planes = np.empty((2, x.size // 32), np.uint32)
-    for begin in range(0, x.size, BLOCK):
-        part = to_float32(x[begin : begin + BLOCK])
-        block = planes[:, begin // 32 : (begin + BLOCK) // 32]
-        block[:] = [pack_bits(part > threshold), pack_bits(abs(part) > threshold)]
-    return planes
-
-
-def pack_planes(values: NDArray[Any]) -> Words:
-    return np.stack([pack_bits(values > 0), pack_bits(values != 0)])
-
-
-def unpack_ternary(rows: NDArray[np.uint32], numel: int) -> NDArray[np.int8]:
-    """1, -1 or 0 of each coordinate of planes, or of rows of them."""
-    sign, active = (unpack_bits(np.ascontiguousarray(rows[..., plane, :]), numel).view(np.int8) for plane in (0, 1))
-    return (2 * sign - 1) * active
-
-
 def check_unpacked(label: str, got: NDArray[Any], words: Words, scale: float) -> None:
     """``got`` may be the bits of bfloat16."""
-    values = _in_dtype_of(got, [-scale, scale])
+    if got.dtype == np.uint16:
+        values = (np.array([-scale, scale], np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        values = np.array([-scale, scale], got.dtype)
     for begin in range(0, got.size, BLOCK):
         part = got[begin : begin + BLOCK]
         right = values[unpack_bits(words[begin // 32 : (begin + BLOCK) // 32], part.size)]
         check_equal(f"{label}, from coordinate {begin} on", part, right)
 
 
+def pack_ternary(x: NDArray[Any], threshold: float) -> Words:
+    """Of finite coordinates, and a threshold that their dtype holds: the planes sign and active."""
+    planes = np.empty((2, x.size // 32), np.uint32)
+    for begin in range(0, x.size, BLOCK):
+        part = to_float32(x[begin : begin + BLOCK])
+        block = planes[:, begin // 32 : (begin + BLOCK) // 32]
+        block[0], block[1] = pack_bits(part > threshold), pack_bits(abs(part) > threshold)
+    return planes
+
+
+def unpack_ternary(stack: NDArray[np.uint32], numel: int) -> NDArray[np.int8]:
+    """1, -1 or 0 per coordinate of each of a stack of planes."""
+    sign, active = (unpack_bits(np.ascontiguousarray(stack[:, plane]), numel).view(np.int8) for plane in (0, 1))
+    return (2 * sign - 1) * active
+
+
 def check_unpacked_ternary(label: str, got: NDArray[Any], planes: Words, scale: float) -> None:
     """``got`` may be the bits of bfloat16."""
-    values = _in_dtype_of(got, [-scale, 0, scale])
+    values = np.array([0, 0, -scale, scale], np.float32 if got.dtype == np.uint16 else got.dtype)
+    if got.dtype == np.uint16:
+        values = (values.view(np.uint32) >> 16).astype(np.uint16)
     for begin in range(0, got.size, BLOCK):
         part = got[begin : begin + BLOCK]
-        right = values[1 + unpack_ternary(planes[:, begin // 32 : (begin + BLOCK) // 32], part.size)]
-        check_equal(f"{label}, from coordinate {begin} on", part, right)
+        sign, active = (unpack_bits(plane[begin // 32 : (begin + BLOCK) // 32], part.size) for plane in planes)
+        check_equal(f"{label}, from coordinate {begin} on", part, values[2 * active + sign])
 
 
-def _in_dtype_of(got: NDArray[Any], values: list[float]) -> NDArray[Any]:
-    if got.dtype == np.uint16:
-        return (np.array(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    return np.array(values, got.dtype)
+def check_vote_ternary(label: str, got: Words, stack: NDArray[np.uint32], numel: int, quorum: int) -> None:
+    num_rows, _, num_words = stack.shape
+    for first, count in _windows(2 * num_rows, numel, num_words):
+        bits = min(32 * count, numel - 32 * first)
+        lead = np.zeros(bits, np.int32)
+        for sign, active in stack[:, :, first : first + count]:
+            lead += unpack_bits(active, bits) * (2 * unpack_bits(sign, bits).astype(np.int8) - 1)
+        right = np.stack([pack_bits(lead >= quorum), pack_bits(abs(lead) >= quorum)])
+        check_equal(label, np.ascontiguousarray(got[:, first : first + count]).reshape(-1), right.reshape(-1))
+
+
+def _windows(num_rows: int, numel: int, num_words: int) -> list[tuple[int, int]]:
+    """What of a vote is checked: the first words and how many, of which the last reach the end."""
+    if num_rows * numel <= WHOLE_VOTE:
+        return [(0, num_words)]
+    size = WHOLE_VOTE // (32 * num_rows * (WINDOWS + 2)) & ~1
+    places = np.linspace(0, num_words - size, WINDOWS + 2).astype(int) & ~1
+    return [*((int(place), size) for place in places[:-1]), (int(places[-1]), num_words - int(places[-1]))]
 
 
 def check_vote(label: str, got: Words, rows: NDArray[np.uint32], numel: int, seed: int | None) -> None:
     """Ties are coins, or 0 without a seed."""
     num_rows, num_words = rows.shape
-    for first, count in _windows(num_rows, num_words, numel):
+    for first, count in _windows(num_rows, numel, num_words):
         bits = min(32 * count, numel - 32 * first)
         votes = unpack_bits(np.ascontiguousarray(rows[:, first : first + count]), bits).sum(axis=0, dtype=np.int32)
         majority, tie = pack_bits(2 * votes > num_rows), pack_bits(2 * votes == num_rows)
         right = majority if seed is None else majority | tie & coin_words(seed, first, count)
         check_equal(label, got[first : first + count], right)
-
-
-def check_vote_ternary(label: str, got: Words, rows: NDArray[np.uint32], numel: int, quorum: int) -> None:
-    num_rows, _, num_words = rows.shape
-    for first, count in _windows(2 * num_rows, num_words, numel):
-        bits = min(32 * count, numel - 32 * first)
-        lead = unpack_ternary(rows[..., first : first + count], bits).sum(axis=0, dtype=np.int32)
-        check_equal(label, got[:, first : first + count], pack_planes(np.where(abs(lead) < quorum, 0, lead)))
-
-
-def _windows(num_rows: int, num_words: int, numel: int) -> list[tuple[int, int]]:
-    """The first of some words of a vote that are checked, and how many: all of them, if they are not too many."""
-    if num_rows * numel <= WHOLE_VOTE:
-        return [(0, num_words)]
-    size = WHOLE_VOTE // (32 * num_rows * (WINDOWS + 2)) & ~1
-    places = np.linspace(0, num_words - size, WINDOWS + 2).astype(int) & ~1
-    windows = [(int(place), size) for place in places[:-1]]
-    return [*windows, (int(places[-1]), num_words - int(places[-1]))]
