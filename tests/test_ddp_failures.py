@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -109,11 +110,15 @@ def test_nonfinite_raised_on_every_rank(ranks: RankPool) -> None:
 def disagree(kind: str, value: Any) -> str:
     """Rank 1 differs; returns the error's text."""
     mine = dist.get_rank() == 1
-    options: dict[str, Any] = {kind: value} if mine and kind not in ("numel", "wire version", "step") else {}
+    options: dict[str, Any] = {kind: value} if mine and kind not in ("numel", "wire version", "step", "switch") else {}
     state = MajorityVoteState(**options)
     if kind == "step" and mine:
         state.step = value
+    if kind == "switch" and mine:
+        state.switch_to_dense(value)
     model = nn.Linear(7, value if mine and kind == "numel" else 5)
+    if kind == "exclude":
+        state.name_parameters(model.named_parameters())
     with patched(state_module, "WIRE_VERSION", value if mine and kind == "wire version" else agreement.WIRE_VERSION):
         # no DDP here: it would itself refuse models of two shapes, and other hosts of hooks do not
         channel = state.channel()
@@ -160,6 +165,19 @@ def majority_vote_on(state: MajorityVoteState, model: nn.Module) -> None:
         ("topology", "auto", 'topology: "sharded" on ranks 0, 2, "auto" on rank 1'),
         ("nonfinite", "ignore", 'nonfinite: "propagate" on ranks 0, 2, "ignore" on rank 1'),
         ("seed", 5, "seed: 0 on ranks 0, 2, 5 on rank 1"),
+        ("scale", "mean_abs", 'scale: 1.0 on ranks 0, 2, "mean_abs" on rank 1'),
+        ("scale", torch.amp.GradScaler("cpu"), 'scale: 1.0 on ranks 0, 2, "loss scale" on rank 1'),
+        ("abstain", True, "abstain: false on ranks 0, 2, true on rank 1"),
+        ("abstain", "rms:0.1", 'abstain: false on ranks 0, 2, "rms:0.1" on rank 1'),
+        ("abstain", np.float32(0.5), "abstain: false on ranks 0, 2, 0.5 on rank 1"),
+        ("quorum", 2, "quorum: 1 on ranks 0, 2, 2 on rank 1"),
+        ("warmup_steps", 3, "warmup_steps: 0 on ranks 0, 2, 3 on rank 1"),
+        ("dense_steps", 2, "dense_steps: 0 on ranks 0, 2, 2 on rank 1"),
+        ("dither", 0.5, "dither: 0.0 on ranks 0, 2, 0.5 on rank 1"),
+        ("dither", abs, 'dither: 0.0 on ranks 0, 2, "a schedule" on rank 1'),
+        ("track_agreement", True, "track_agreement: false on ranks 0, 2, true on rank 1"),
+        ("exclude", "bias", "excluded parameters of bucket 0: [] on ranks 0, 2, [1] on rank 1"),
+        ("switch", 5, 'switch to means: "None at None" on ranks 0, 2, "None at 5" on rank 1'),
         ("numel", 6, "numel of bucket 0: 40 on ranks 0, 2, 48 on rank 1"),
         ("wire version", 99, "wire version: 3 on ranks 0, 2, 99 on rank 1"),
         ("step", 12, "step: 1 on ranks 0, 2, 13 on rank 1"),

@@ -751,7 +751,7 @@ def test_replicas_stay_identical_with_everything(ranks: RankPool) -> None:
     """Over 200 steps."""
     options = {**EVERYTHING, "dither": schedule, "dense_steps": 20, "warmup_steps": 54}
     jobs = {
-        topology: Job("rows", 200, {**options, "topology": topology}, TINY_BUCKETS, record=False, weights=(2, 3, 1))
+        topology: Job("rows", 200, {**options, "topology": topology}, record=False, weights=(2, 3, 1))
         for topology in ("sharded", "server")
     }
     digests = {o.digest for by_topology in ranks.run(train_all, jobs, world=3) for o in by_topology.values()}

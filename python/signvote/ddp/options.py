@@ -75,7 +75,9 @@ class VoteOptions:
         _check_choice("ties", self.ties, TIES)
         _check_choice("topology", self.topology, TOPOLOGIES)
         _check_choice("nonfinite", self.nonfinite, NONFINITE)
-        _checked_threshold(self.abstain)
+        threshold = _checked_threshold(self.abstain)
+        if threshold is not None and not isinstance(self.abstain, bool | str):
+            object.__setattr__(self, "abstain", threshold.value)
         object.__setattr__(self, "quorum", _checked_quorum(self.quorum))
         object.__setattr__(self, "warmup_steps", self._checked_warmup())
         _check_integer("dense_steps", self.dense_steps)
