@@ -176,7 +176,7 @@ def majority_vote_on(state: MajorityVoteState, model: nn.Module) -> None:
         ("dither", 0.5, "dither: 0.0 on ranks 0, 2, 0.5 on rank 1"),
         ("dither", abs, 'dither: 0.0 on ranks 0, 2, "a schedule" on rank 1'),
         ("track_agreement", True, "track_agreement: false on ranks 0, 2, true on rank 1"),
-        ("exclude", "bias", "excluded parameters of bucket 0: [] on ranks 0, 2, [1] on rank 1"),
+        ("exclude", "bias", 'excluded parameters of bucket 0: "" on ranks 0, 2, "1" on rank 1'),
         ("switch", 5, 'switch to means: "None at None" on ranks 0, 2, "None at 5" on rank 1'),
         ("numel", 6, "numel of bucket 0: 40 on ranks 0, 2, 48 on rank 1"),
         ("wire version", 99, "wire version: 3 on ranks 0, 2, 99 on rank 1"),

@@ -248,7 +248,8 @@ def train_with_changing_weights(options: dict[str, Any]) -> Outcome:
     optimizer = torch.optim.SGD(ddp.parameters(), lr=0.01)
     for i, x in enumerate(batches(job.steps, dist.get_rank())):
         state.weight = weight_at(i, dist.get_rank())
-        for bad in (0, -1, 2**16, 1.5, "2", True, None):
+        wrong: list[Any] = [0, -1, 2**16, 1.5, "2", True, None]
+        for bad in wrong:
             with pytest.raises(ValueError, match="weight: expected an integer from 1 to 65535"):
                 state.weight = bad
         step(ddp, optimizer, job, x)
@@ -434,7 +435,10 @@ def unpickle_without_scaler() -> None:
     again.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     ddp, _, _ = build(job, again)
     ddp(torch.ones(2, 7)).sum().backward()
-    assert all((p.grad.abs() == 2).all() for p in ddp.parameters())
+    assert all(p.grad is not None and (p.grad.abs() == 1).all() for p in ddp.parameters())  # it has scaled nothing yet
+    ddp.zero_grad()
+    again.grad_scaler.scale(ddp(torch.ones(2, 7)).sum()).backward()
+    assert all(p.grad is not None and (p.grad.abs() == 2).all() for p in ddp.parameters())
 
 
 def test_a_gradscaler_is_not_pickled(ranks: RankPool) -> None:
@@ -533,7 +537,7 @@ def train_by_rule(options: dict[str, Any], weights: tuple[int, ...], bad_step: i
         loss.backward()
         outcome.voted.append({name: in_memory_order(p.grad) for name, p in ddp.module.named_parameters()})
         if now != bad_step:
-            rate = lr_at(now) if state.switched_at is None else state.calibrated_lr
+            rate = lr_at(now) if state.switched_at is None else state.calibrated_lr or 0.0
             torch.optim.SGD(ddp.parameters(), lr=rate).step()
     logger.removeHandler(handler)
     log = [record.getMessage() for record in handler.buffer]
@@ -761,7 +765,7 @@ def test_replicas_stay_identical_with_everything(ranks: RankPool) -> None:
 # -- Parameters of which the mean is taken ----------------------------------------------------------------------------
 
 
-def exclude_without_names() -> str:
+def exclude_without_names() -> None:
     ddp = DistributedDataParallel(mlp())
     ddp.register_comm_hook(MajorityVoteState(exclude="*.bias"), majority_vote_hook)
     with pytest.raises(RuntimeError, match=r"exclude needs the parameters' names: use attach\(ddp\)"):

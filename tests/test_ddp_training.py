@@ -80,6 +80,7 @@ TERNARY: dict[str, dict[str, Any]] = {
     "relative_threshold": {"abstain": "rms:0.3", "quorum": 0.5},
     "relative_threshold_with_dither": {"momentum": 0.0, "abstain": "rms:0.3", "dither": 0.4},
     "quorum": {"quorum": 2},
+    "unanimity": {"momentum": 0.0, "quorum": 1.0},
     "zero_ties": {"ties": "zero", "scale": 0.5},
     "abstain_with_everything": {
         "abstain": 1e-4,

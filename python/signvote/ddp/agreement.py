@@ -6,7 +6,8 @@ tensor: nothing that comes from the network is unpickled.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ def check_agreement(channel: Channel, subject: str, description: Mapping[str, An
     differences = [text for field in fields if (text := _difference(field, descriptions))]
     if differences:
         raise DisagreementError(f"{subject}: ranks disagree on {'; on '.join(differences)}")
+
+
+def short_list(numbers: Sequence[int]) -> str:
+    """For a description: ``numbers`` if they are few, otherwise a digest of them."""
+    text = ", ".join(map(str, numbers))
+    return text if len(text) <= 200 else f"{len(numbers)} of SHA-256 {sha256(text.encode()).hexdigest()}"
 
 
 def _difference(field: str, descriptions: list[dict[str, Any]]) -> str | None:

@@ -1,5 +1,6 @@
 """What a rank saves, and what it refuses to load."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,11 +45,11 @@ def check_momentum(
     """The checkpoint is of the model whose parameters have these ``shapes``.
 
     A parameter may be without momentum: one that is frozen, or of which DDP has shown no gradient yet; all of them if
-    none is trained by votes, or if the job has taken means for good from its first step on.
+    none is trained by votes, or if the job takes means for good.
     """
     momentum: Mapping[str, torch.Tensor] = state_dict["momentum"]
     switch = state_dict.get("switch") or {}
-    has_voted = state_dict["step"] > 0 and switch.get("switched_at") != 1
+    has_voted = 0 < state_dict["step"] < (switch.get("switched_at") or math.inf)
     if momentum and not expects_momentum:
         raise ValueError(
             f"load_state_dict: momentum: expected none (momentum=0.0), got {len(momentum)} tensors. {_REMEDY}"

@@ -186,7 +186,7 @@ def _ballot(vote: _Vote) -> Ballot:
         zeros=options.zeros,
         seed=_derive(_ZEROS, *draw),
         threshold=threshold,
-        dither=options.dither_at(vote.step),
+        dither=vote.state.dither,
         dither_seed=lambda place: _derive(_DITHER, *draw, place),
         has_magnitudes=vote.plan.numbers.magnitudes > 0,
         is_finite_only=options.nonfinite == "ignore",
@@ -219,9 +219,9 @@ def _numbers(vote: _Vote, magnitudes: Numbers) -> Numbers:
     """What this rank sends."""
     plan = vote.plan
     numbers = np.zeros(plan.numbers.size, np.float32)
-    progress, loss_scale, sent_magnitudes, agreements = plan.numbers.split(numbers)
-    progress[:] = vote.state.switching.own()
-    loss_scale[:] = vote.state.loss_scale
+    progress, sent_magnitudes, agreements = plan.numbers.split(numbers)
+    if progress.size:
+        progress[:] = vote.state.switching.own()
     sent_magnitudes[:] = magnitudes
     if agreements.size:
         agreements[:] = vote.state.agreement_rates.own(plan.voted_places)
@@ -293,16 +293,15 @@ def _learn(vote: _Vote) -> float | Sequence[float]:
         state.agreement_rates.compare(plan.sent, plan.result, plan.exchange.sent, plan.exchange.result)
     if plan.numbers.size:
         learned = plan.result.numbers_of(plan.exchange.result)[0]
-        progress, loss_scale, magnitudes, agreements = plan.numbers.split(learned)
+        progress, magnitudes, agreements = plan.numbers.split(learned)
         if progress.size:
-            state.switching.learn(float(progress[0]))
+            state.switching.learn(*progress.tolist())
         if agreements.size:
             state.agreement_rates.learn(plan.voted_places, agreements)
         if scale == MEAN_ABS:
             return [float(magnitude) for magnitude in magnitudes]
-        if loss_scale.size:
-            return float(loss_scale[0])
-    return 1.0 if isinstance(scale, str) else scale
+    # A rank's own: its scaler divides by that.
+    return state.loss_scale if isinstance(scale, str) else scale
 
 
 def _derive(purpose: int, seed: int, *parts: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import Enum
 from fractions import Fraction
 from typing import Any
@@ -19,6 +19,8 @@ NONFINITE = ("propagate", "raise", "ignore")
 MEAN_ABS = "mean_abs"
 #: What stands for a GradScaler: the object itself belongs to this process.
 LOSS_SCALE = "loss scale"
+#: What a threshold begins with that is relative to the root mean square.
+RELATIVE = "rms:"
 
 Coefficients = tuple[float, float, float, float]
 
@@ -75,9 +77,7 @@ class VoteOptions:
         _check_choice("ties", self.ties, TIES)
         _check_choice("topology", self.topology, TOPOLOGIES)
         _check_choice("nonfinite", self.nonfinite, NONFINITE)
-        threshold = _checked_threshold(self.abstain)
-        if threshold is not None and not isinstance(self.abstain, bool | str):
-            object.__setattr__(self, "abstain", threshold.value)
+        object.__setattr__(self, "abstain", _checked_abstain(self.abstain))
         object.__setattr__(self, "quorum", _checked_quorum(self.quorum))
         object.__setattr__(self, "warmup_steps", self._checked_warmup())
         _check_integer("dense_steps", self.dense_steps)
@@ -104,6 +104,11 @@ class VoteOptions:
             raise ValueError(f"MajorityVoteState: warmup_steps: expected 0 without momentum, got {self.warmup_steps}")
         if self.abstains and self.zeros != "coin":
             raise ValueError(f"MajorityVoteState: zeros: expected the default with abstain, got {self.zeros!r}")
+        if self.has_loss_scale and self.nonfinite == "ignore":
+            raise ValueError(
+                "MajorityVoteState: nonfinite: expected 'propagate' or 'raise' with a GradScaler, which looks for what "
+                "is not finite, got 'ignore'"
+            )
         if self.can_be_zero and self.ties in ("positive", "negative"):
             raise ValueError(
                 f"MajorityVoteState: ties: expected 'zero' or the default with abstain or a quorum, got {self.ties!r}"
@@ -119,12 +124,16 @@ class VoteOptions:
 
     @property
     def threshold(self) -> Threshold | None:
-        return _checked_threshold(self.abstain)
+        if isinstance(self.abstain, bool):
+            return Threshold(0.0, is_relative=False) if self.abstain else None
+        if isinstance(self.abstain, str):
+            return Threshold(float(self.abstain.removeprefix(RELATIVE)), is_relative=True)
+        return Threshold(self.abstain, is_relative=False)
 
     @property
     def can_be_zero(self) -> bool:
         """Whether the vote of a coordinate has three results."""
-        return self.abstains or self.ties == "zero" or self.quorum != 1
+        return self.abstains or self.ties == "zero" or self.quorum != 1 or isinstance(self.quorum, float)
 
     @property
     def has_loss_scale(self) -> bool:
@@ -168,7 +177,7 @@ class VoteOptions:
 
     def described(self) -> dict[str, Any]:
         """The same in words of JSON, to compare and to show."""
-        return {**asdict(self), "dither": "a schedule" if callable(self.dither) else self.dither}
+        return {**self.as_dict(), "dither": "a schedule" if callable(self.dither) else self.dither}
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -220,30 +229,30 @@ def _checked_scale(scale: object) -> float | str:
     return number
 
 
-def _checked_threshold(abstain: object) -> Threshold | None:
+def _checked_abstain(abstain: object) -> bool | float | str:
     if isinstance(abstain, bool):
-        return Threshold(0.0, is_relative=False) if abstain else None
-    is_relative = isinstance(abstain, str) and abstain.startswith("rms:")
+        return abstain
+    is_relative = isinstance(abstain, str) and abstain.startswith(RELATIVE)
     try:
-        value = float(abstain.removeprefix("rms:")) if isinstance(abstain, str) and is_relative else _number(abstain)
+        value = float(abstain.removeprefix(RELATIVE)) if isinstance(abstain, str) and is_relative else _number(abstain)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 0.0):
+    if not (math.isfinite(value) and value > 0.0):
         raise ValueError(
-            "MajorityVoteState: abstain: expected a bool, a finite number from 0 on, or 'rms:' and such a number, "
+            f"MajorityVoteState: abstain: expected a bool, a finite number above 0, or '{RELATIVE}' and such a number, "
             f"got {abstain!r}"
         )
-    return Threshold(value, is_relative)
+    return f"{RELATIVE}{value}" if is_relative else value
 
 
 def _checked_quorum(quorum: object) -> int | float:
-    if isinstance(quorum, int) and not isinstance(quorum, bool) and quorum >= 1:
+    if isinstance(quorum, int) and not isinstance(quorum, bool) and 1 <= quorum < 2**31:
         return quorum
     if isinstance(quorum, float) and 0.0 < quorum <= 1.0:
         return quorum
     raise ValueError(
-        "MajorityVoteState: quorum: expected an integer from 1 on (votes), or a float above 0 and up to 1.0 (share of "
-        f"all votes), got {quorum!r}"
+        "MajorityVoteState: quorum: expected an integer from 1 to 2**31 - 1 (votes), or a float above 0 and up to 1.0 "
+        f"(share of all votes), got {quorum!r}"
     )
 
 

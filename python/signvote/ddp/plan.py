@@ -86,8 +86,7 @@ def new_plan(
     layout = BucketLayout(numels, places, shards, dense=dense, itemsize=itemsize)
     num_voted = len(layout.voted)
     numbers = NumbersLayout(
-        progress=int(has_progress),
-        loss_scale=int(options.has_loss_scale and num_voted > 0),
+        progress=2 if has_progress else 0,
         magnitudes=num_voted if options.scale == MEAN_ABS else 0,
         agreements=2 * num_voted if options.track_agreement else 0,
     )

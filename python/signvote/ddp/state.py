@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from signvote.ddp import checkpoint
 from signvote.ddp.advice import Advice
-from signvote.ddp.agreement import WIRE_VERSION, DisagreementError, check_agreement
+from signvote.ddp.agreement import WIRE_VERSION, DisagreementError, check_agreement, short_list
 from signvote.ddp.agreement_rates import AgreementRates
 from signvote.ddp.channel import Channel
 from signvote.ddp.codec import Streams
@@ -57,7 +57,8 @@ class MajorityVoteState:
         scale: The gradient that comes out is ±scale. ``"mean_abs"``: for each parameter the mean absolute gradient, a
             mean over its coordinates and over the ranks, so that gradient norms, clipping and Adam keep their meaning.
             A ``GradScaler``: the factor by which it has multiplied the loss, so that ±1 is left when it has unscaled
-            the gradients; momentum is then that of the unscaled gradients. It is not saved.
+            the gradients; momentum is then that of the unscaled gradients. It is not saved, and on a CUDA device asking
+            it waits for the device once in a step.
         topology: ``"sharded"`` (every rank is the server of one shard), ``"allgather"`` (every rank votes on
             everything), ``"server"`` (rank 0 is the server) or ``"auto"`` (``"allgather"`` between two ranks, and for
             buckets so small that a rank sends at most 16 KiB more than if ``"sharded"``, because it has one phase and
@@ -70,7 +71,8 @@ class MajorityVoteState:
             what it would send for the parameter. A coordinate on which nobody votes becomes 0 and does not move: rows
             of an embedding, unused parameters, and ranks that have joined.
         quorum: By how many votes one sign must lead, otherwise the coordinate becomes 0: an integer, or a float, the
-            share of all ranks' votes. With a quorum other than 1 ties are zero.
+            share of all ranks' votes (1.0: all agree). With a quorum other than the integer 1 ties are zero. Where it
+            is more than all votes nothing moves.
         warmup_steps: Steps, from the first, in which momentum is kept up and the signs of the gradients are sent:
             the warm-up of Theorem 3. ``"theory"``: as many as it asks for, see
             :func:`signvote.optim.signum_warmup_steps`.
@@ -83,11 +85,13 @@ class MajorityVoteState:
         dither: Standard deviation of Gaussian noise that is added before the sign, relative to the root mean square
             of what is sent for the parameter; or a function of the step, from 1 on, that returns it. A remedy where
             ranks have different data: the vote's expectation then grows with the mean (Chen et al. 2020). Each rank
-            draws its own, from the seed, the step and the parameter's place: a resumed job draws the same.
+            draws its own, from the seed, the step and the parameter's place: a resumed job draws the same on a device
+            of the same kind.
         track_agreement: Whether ``stats(per_parameter=True)`` can tell how far the ranks agree; two numbers per
             parameter travel with the vote.
         weight: This rank's vote counts as so many, 1 to 65535: for batches or machines of unequal size. It need not be
-            the same on all ranks, and may be set anew between steps (``state.weight``). Means are weighted as well.
+            the same on all ranks, and may be set anew between steps (``state.weight``). Means are weighted as well. Not
+            saved by ``state_dict``.
         seed: Seed of the coins and of the noise.
         timeout: How long a rank waits for another before it raises. Default: the timeout of ``process_group``.
         implementation: The CPU's kernels to use, see :func:`signvote.implementations`. Default: the best.
@@ -118,6 +122,8 @@ class MajorityVoteState:
         timeout: timedelta | None = None,
         implementation: str | None = None,
     ) -> None:
+        if isinstance(scale, str) and scale == LOSS_SCALE:
+            raise ValueError(f"MajorityVoteState: scale: expected the GradScaler itself, got {scale!r}")
         self.options = VoteOptions(
             momentum=momentum,
             zeros=zeros,
@@ -149,6 +155,7 @@ class MajorityVoteState:
         # What is tied to live objects: parameters, buckets, the process group.
         self._places: dict[torch.Tensor, int] = {}
         self._excluded: frozenset[int] = frozenset()
+        self.dither = 0.0  # of this step
         self.loss_scale = 1.0  # by which the gradients of this step are multiplied, as far as the hook must know
         self.agreement_rates = AgreementRates()
         self.switching = Switching(None, None, None)
@@ -287,8 +294,9 @@ class MajorityVoteState:
             f"parameters of bucket {index}": len(parameters),
             f"dtype of bucket {index}": str(buffer.dtype),
         }
-        if not phase.is_dense:
-            description[f"excluded parameters of bucket {index}"] = [part.place for part in plan.layout.dense]
+        description[f"excluded parameters of bucket {index}"] = short_list(
+            sorted(self._excluded.intersection(self._places[parameter] for parameter in parameters))
+        )
         name = self.vote_name(channel, index)
         channel.submit(lambda: self._agree(channel, name, description))
         return plan
@@ -372,9 +380,10 @@ class MajorityVoteState:
         if bucket_index <= self._last_bucket or self._last_bucket < 0:
             channel.wait_idle()  # only after an error does the last pass leave anything behind
             self.is_aborted = False
+            self.dither = self.options.dither_at(self.step + 1)
+            self.loss_scale = self._current_loss_scale()
             self.step += 1
             self.counters.steps += 1
-            self.loss_scale = self._current_loss_scale()
             self.switching.begin(self.step)
         self._last_bucket = bucket_index
         self.counters.calls += 1
@@ -400,7 +409,9 @@ class MajorityVoteState:
 
         Args:
             at_step: The first step of which the mean is taken; ``state.step + 1`` is the next one.
-            rule: A :class:`signvote.ddp.CalibratedSwitch`. One number per step then travels with the vote.
+            rule: A :class:`signvote.ddp.CalibratedSwitch`. Two numbers per step then travel with the vote. If a
+                ``GradScaler`` multiplies the loss, the state must know it (``scale=scaler``): the rule is of gradients
+                that it has unscaled.
             lr: With a rule, the learning rate of the sign optimizer, or a function that returns that of the current
                 step.
 
@@ -456,6 +467,8 @@ class MajorityVoteState:
             return 1.0
         if self.grad_scaler is None:
             raise RuntimeError("signvote: this state was pickled with a GradScaler: set state.grad_scaler before use")
+        if self.grad_scaler._scale is None:  # it has not scaled any loss yet
+            return 1.0
         return float(self.grad_scaler.get_scale())
 
     @overload
@@ -510,8 +523,8 @@ class MajorityVoteState:
 
         Args:
             state_dict: What :meth:`state_dict` returned on this rank.
-            reset_momentum: Take over only the step and the seed and start with zero momentum: for a job whose number
-                of ranks or whose model has changed. Momentum is back after some 1/(1 - β) steps.
+            reset_momentum: Take over only the step, the seed and the switch to means, and start with zero momentum: for
+                a job whose number of ranks or whose model has changed. Momentum is back after some 1/(1 - β) steps.
 
         Raises:
             ValueError: If it was saved by another rank or world size, for other parameters, or is not such a dict.
@@ -538,6 +551,7 @@ class MajorityVoteState:
         self.options = replace(self.options, seed=state_dict["seed"])
         self.step = state_dict["step"]
         self._momentum = MomentumByPlace(momentum)
+        self.agreement_rates = AgreementRates()
         self._drop_plans()
         self._last_bucket = -1
 
@@ -582,7 +596,11 @@ class MajorityVoteState:
         return [name for place, name in enumerate(self._names) if place in self._excluded] or None
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
-        self.__init__(timeout=saved["timeout"], implementation=saved["implementation"], **saved["options"])  # type: ignore[misc]
+        options = saved["options"]
+        scale = options["scale"]
+        options = {**options, "scale": 1.0 if scale == LOSS_SCALE else scale}
+        self.__init__(timeout=saved["timeout"], implementation=saved["implementation"], **options)  # type: ignore[misc]
+        self.options = replace(self.options, scale=scale)
         self._group_is_missing = saved["has_group"]
         self.step = saved["step"]
         self._names = saved["names"]

@@ -86,15 +86,15 @@ class Switching:
         self._voted_dots.append(lambda: math.nan if dot is None else dot() / loss_scale)
         self._voted.numel += numel
 
-    def own(self) -> float:
-        """What this rank sends: of the step before. May wait for a device."""
+    def own(self) -> tuple[float, float]:
+        """What this rank sends of the step before: sᵀg and the learning rate. May wait for a device."""
         _settle(self._sent, self._sent_dots)
-        return math.nan if self._sent.dot is None else self._sent.dot
+        return (math.nan if self._sent.dot is None else self._sent.dot), self._sent.lr
 
-    def learn(self, mean: float) -> None:
-        """The mean of what all ranks sent."""
+    def learn(self, dot: float, lr: float) -> None:
+        """The means of what all ranks sent: the same for the rule of each of them."""
         if self._sent.dot is not None:
-            self._learned = _Progress(mean, self._sent.numel, self._sent.lr)
+            self._learned = _Progress(dot, self._sent.numel, lr)
 
     def described(self) -> str:
         """For the comparison between ranks."""
@@ -113,11 +113,14 @@ class Switching:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         if (saved["rule"] is None) != (self.rule is None):
             raise ValueError("load_state_dict: switch: expected a rule if and only if there was one when it was saved")
+        switched_at = self.switched_at if saved["switched_at"] is None else saved["switched_at"]
+        if self.rule is None and self.switched_at not in (None, switched_at):
+            raise ValueError(f"load_state_dict: switch: expected at_step {self.switched_at}, as set, got {switched_at}")
+        voted, learned = _Progress(**saved["voted"]), _Progress(**saved["learned"])
         if self.rule is not None:
             self.rule.load_state_dict(saved["rule"])
-        self.switched_at = saved["switched_at"]
+        self.switched_at, self._voted, self._learned = switched_at, voted, learned
         self._voted_dots = []
-        self._voted, self._learned = _Progress(**saved["voted"]), _Progress(**saved["learned"])
 
 
 def _settle(progress: _Progress, dots: list[Callable[[], float]]) -> None:

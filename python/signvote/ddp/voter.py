@@ -73,7 +73,7 @@ class Voter:
     def add(self, rank: int, message: torch.Tensor) -> None:
         """As :class:`signvote.ddp.topology.Voter`."""
         with self._timed():
-            (weight,) = trailer.weights_of(message[None].numpy(), rank).tolist()
+            (weight,) = trailer.weights_of(message[None].numpy()).tolist()
             if rank == 0 and self._tally is not None:
                 self._tally.clear()
             if self._tally is None:
