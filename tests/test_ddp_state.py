@@ -562,6 +562,45 @@ def test_options_without_effect_are_refused(options: dict[str, Any], text: str) 
         MajorityVoteState(**options)
 
 
+class Lock:
+    """A schedule that cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, step: int) -> float:
+        return 0.5
+
+
+def test_a_schedule_is_not_copied() -> None:
+    options = MajorityVoteState(dither=Lock()).options
+    assert options.described()["dither"] == "a schedule"
+    assert options.dither_at(1) == 0.5
+
+
+def load_without_a_switch() -> None:
+    job = Job(record=False)
+    ddp, state, _ = build(job)
+    step(ddp, SignSGD(ddp.parameters(), lr=0.01), job, torch.ones(2, 7))
+    saved = state.state_dict()
+    for at_step in (5, 7):
+        _, again, _ = build(job)
+        again.switch_to_dense(at_step)
+        again.load_state_dict(saved)
+        assert again.switched_at == at_step
+        switched = again.state_dict()
+    _, other, _ = build(job)
+    other.switch_to_dense(3)
+    with pytest.raises(ValueError, match="switch: expected at_step 3, as set, got 7"):
+        other.load_state_dict(switched)
+    _, switched_state, _ = build(job)
+    switched_state.load_state_dict({**switched, "step": 9, "momentum": {}})  # of means there is no momentum
+
+
+def test_a_switch_that_is_set_stays_when_a_checkpoint_has_none(ranks: RankPool) -> None:
+    ranks.run(load_without_a_switch, world=1)
+
+
 def test_warmup_of_the_theory() -> None:
     assert MajorityVoteState(warmup_steps="theory").options.warmup_steps == 54  # the paper's own number for 0.9
     assert MajorityVoteState(momentum=0.0, warmup_steps="theory").options.warmup_steps == 0

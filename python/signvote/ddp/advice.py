@@ -5,6 +5,7 @@ that hold voted parameters are looked at, through torch's hook of all optimizers
 """
 
 import inspect
+import logging
 import math
 import os
 import sys
@@ -22,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from signvote.optim import SignSGD, Signum
 
 T = TypeVar("T")
+_log = logging.getLogger("signvote")
 
 # How many steps are looked at, and how many gradients in each: the smallest, as some may hold nothing but zeros.
 _STEPS, _GRADIENTS = 8, 4
@@ -121,7 +123,10 @@ class Advice:
     def _give(self, kind: str, text: str) -> None:
         if kind not in self._given:
             self._given.add(kind)
-            warnings.warn(f"signvote: {text}", AdviceWarning, stacklevel=_stacklevel())
+            try:
+                warnings.warn(f"signvote: {text}", AdviceWarning, stacklevel=_stacklevel())
+            except AdviceWarning:  # a filter makes errors of warnings: of this rank alone, and the others would wait
+                _log.warning(text)
 
 
 # -- What there is to find --------------------------------------------------------------------------------------------
