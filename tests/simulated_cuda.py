@@ -256,17 +256,19 @@ class Memory:
     def __init__(self, memory: torch.Tensor) -> None:
         self.streams = [DEVICE.current()]
         self.is_shared = [False]  # by streams
-        weakref.finalize(self, free, bytes_of(memory), self.streams, self.is_shared)
+        weakref.finalize(self, free, bytes_of(memory), self.streams, self.is_shared, DEVICE.freed)
 
 
 def bytes_of(memory: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory.untyped_storage())
 
 
-def free(memory: torch.Tensor, streams: list[Stream], is_shared: list[bool]) -> None:
+def free(memory: torch.Tensor, streams: list[Stream], is_shared: list[bool], freed_memory: list[torch.Tensor]) -> None:
+    """What is left of an earlier job, collected late, goes to that job's ``freed_memory``."""
+
     def overwrite() -> None:
         memory.fill_(GARBAGE)
-        DEVICE.freed.append(memory)
+        freed_memory.append(memory)
 
     with DEVICE.lock:
         if len(streams) == 1 and not is_shared[0]:
