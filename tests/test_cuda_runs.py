@@ -16,7 +16,8 @@ from cuda_stand_in import AS_TENSOR, each_dtype, same_floats, to_numpy, to_tenso
 from samples import BITS, mixture, store, values
 from signvote import cuda_runs
 from signvote.ddp.ballot import Ballot
-from signvote.ddp.codec import CudaCodec, Streams
+from signvote.ddp.codec import Layouts
+from signvote.ddp.cuda_codec import CudaCodec, Streams
 from signvote.ddp.layout import BucketLayout, MessageLayout
 from signvote.ddp.options import Coefficients, Threshold
 from signvote.ddp.stats import Counters
@@ -146,7 +147,7 @@ def new_codec(
     layout = BucketLayout(NUMELS, PLACES, 3, dense=frozenset({DENSE}), itemsize=bucket.itemsize)
     messages = MessageLayout(layout, num_planes, num_numbers=3)
     exchange = Sharded(messages, messages, 0, 3)
-    return CudaCodec(bucket, messages, messages, messages, exchange, Counters(), Streams.of(device))
+    return CudaCodec(bucket, Layouts(messages, messages, messages), exchange, Counters(), Streams.of(device))
 
 
 NUMELS, PLACES, DENSE = [5000, 1, 300, 70], [2, 0, 3, 1], 3

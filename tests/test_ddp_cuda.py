@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ddp_jobs import Job, Outcome, batches, build, digest, in_memory_order, step, train
 from ranks import RankPool
 from signvote.ddp import CalibratedSwitch, MajorityVoteState
-from signvote.ddp.codec import CudaCodec
+from signvote.ddp.cuda_codec import CudaCodec
 from test_ddp_training import FEATURES, OPTIONS, TINY_BUCKETS, check_against_simulation
 
 GPU = ("cuda:0",)

@@ -28,7 +28,7 @@ import simulated_cuda
 from ddp_simulation import Simulation
 from ranks import RankPool
 from signvote import cuda, cuda_runs, runs
-from signvote.ddp import CalibratedSwitch, MajorityVoteState, codec, hook, majority_vote_hook, momentum, voter
+from signvote.ddp import CalibratedSwitch, MajorityVoteState, cuda_codec, hook, majority_vote_hook, momentum, voter
 from simulated_cuda import DEVICE, Stream, allocate, raw, simulated, stream_context
 
 NUMELS = {"a": 70, "b": 1000, "c": 33}
@@ -92,9 +92,9 @@ ORDERING = [
     (simulated_cuda.Tensor, "record_stream"),
     (torch.Tensor, "pin_memory"),
     (torch.futures, "Future"),
-    (codec.CudaCodec, "on_device"),
+    (cuda_codec.CudaCodec, "on_device"),
 ]
-SOURCES = {str(module.__file__): Path(str(module.__file__)).name for module in (codec, hook, momentum)}
+SOURCES = {str(module.__file__): Path(str(module.__file__)).name for module in (cuda_codec, hook, momentum)}
 
 # What can go wrong, by what an error says. A message that is copied too early or too late shows in its trailer: it is
 # then another one's, or has counts of garbage.
@@ -497,7 +497,7 @@ def move_to_the_device() -> None:
     state, parameter = MajorityVoteState(), nn.Parameter(torch.zeros(100))
     with buckets_of_ours():
         call_hook(state, Bucket(0, [parameter], torch.zeros(100), True)).wait()
-        plan = weakref.ref(state._plans[0].exchange)
+        plan = weakref.ref(next(iter(state._plans)).exchange)
         state.close()
         gc.collect()
         assert plan() is None
@@ -570,7 +570,9 @@ def fail_on_the_way_to_the_callback(owner: Any, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"), [(simulated_cuda.Future, "set_result"), (codec.CudaCodec, "on_device")], ids=["future", "device"]
+    ("owner", "name"),
+    [(simulated_cuda.Future, "set_result"), (cuda_codec.CudaCodec, "on_device")],
+    ids=["future", "device"],
 )
 def test_error_on_the_way_to_the_callback_ends_the_backward_pass(ranks: RankPool, owner: Any, name: str) -> None:
     expected = "signvote: rank 0, step 1, bucket 0: CUDA error: fallen off the bus"

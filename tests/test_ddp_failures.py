@@ -24,7 +24,7 @@ import signvote.ddp.voter as voter_module
 from ddp_jobs import Job, batches, build, delayed_worker, digest, mlp, step
 from ranks import RankDied, RankError, RankPool
 from signvote.ddp import MajorityVoteState, attach, majority_vote_hook
-from signvote.ddp.codec import CpuCodec
+from signvote.ddp.cpu_codec import CpuCodec
 from signvote.ddp.options import TOPOLOGIES
 from signvote.optim import SignSGD
 

@@ -358,9 +358,9 @@ def memory_of(plan: Any) -> list[torch.Tensor]:
 
 def buffers(state: MajorityVoteState) -> list[int]:
     """Where all memory lies that a state holds for its buckets."""
-    tensors = [value for plan in state._plans.values() for value in memory_of(plan)]
-    tensors += [plan.momentum for plan in state._plans.values() if plan.momentum is not None]
-    arrays = [array for plan in state._plans.values() for array in (plan.sent.runs, plan.voter._runs)]
+    tensors = [value for plan in state._plans for value in memory_of(plan)]
+    tensors += [plan.momentum for plan in state._plans if plan.momentum is not None]
+    arrays = [array for plan in state._plans for array in (plan.sent.runs, plan.voter._runs)]
     addresses = [tensor.data_ptr() for tensor in tensors]
     return addresses + [array.ctypes.data for array in arrays]
 
@@ -404,7 +404,7 @@ def test_allocates_nothing_of_the_models_size_after_the_second_step(ranks: RankP
 def threads_by_bucket() -> dict[str, list[int]]:
     """With which number of threads the hook calls each op, on two buckets one after the other."""
     from signvote import runs
-    from signvote.ddp import codec, voter
+    from signvote.ddp import cpu_codec, voter
 
     used: dict[str, list[int]] = {}
 
@@ -424,7 +424,9 @@ def threads_by_bucket() -> dict[str, list[int]]:
         ddp.zero_grad()
         with (
             mock.patch.object(voter, "vote_runs", recording(runs.vote_runs)),
-            mock.patch.multiple(codec, pack_runs=recording(runs.pack_runs), unpack_runs=recording(runs.unpack_runs)),
+            mock.patch.multiple(
+                cpu_codec, pack_runs=recording(runs.pack_runs), unpack_runs=recording(runs.unpack_runs)
+            ),
         ):
             ddp().backward()
     finally:
@@ -442,7 +444,7 @@ def held_memory(topology: str) -> int:
     state = attach(ddp, topology=topology)
     for _ in range(2):
         ddp().backward()
-    return sum(memory.nbytes for plan in state._plans.values() for memory in memory_of(plan))
+    return sum(memory.nbytes for plan in state._plans for memory in memory_of(plan))
 
 
 @pytest.mark.parametrize(
@@ -510,6 +512,7 @@ def test_a_hook_that_is_never_called_can_be_told(ranks: RankPool) -> None:
         ("nonfinite", "hide", "nonfinite: expected one of"),
         ("scale", 0.0, "scale: expected a finite number above 0"),
         ("scale", float("inf"), "scale: expected a finite number above 0"),
+        ("scale", 10**400, "scale: expected a finite number above 0"),
         ("scale", "loss scale", "scale: expected the GradScaler itself"),
         ("scale", "mean", "scale: expected a finite number above 0, 'mean_abs' or a GradScaler, got 'mean'"),
         ("abstain", -0.1, "abstain: expected a bool, a finite number above 0"),
@@ -634,8 +637,8 @@ def outlive_the_group() -> tuple[str, str]:
     while worker_threads() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not worker_threads()
-    assert state._channel is not None
-    assert not state._channel.alive
+    assert state._binding._channel is not None
+    assert not state._binding._channel.alive
     bytes_before = state.stats().bytes_sent
 
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)

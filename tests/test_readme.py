@@ -76,7 +76,8 @@ def _attach_with_options(code: str) -> list[str]:
     }
     exec(code, script)
     torch.autograd.backward(script["ddp"](torch.randn(8, 5)).square().sum())
-    return [name for place, name in enumerate(script["state"]._names) if place in script["state"]._excluded]
+    parameters = script["state"]._parameters
+    return [name for place, name in enumerate(parameters.names) if place in parameters.excluded]
 
 
 def test_options(ranks: RankPool) -> None:

@@ -9,6 +9,8 @@ import numpy.typing as npt
 
 Numbers = npt.NDArray[np.float32]
 
+NO_NUMBERS: Numbers = np.zeros(0, np.float32)
+
 
 @dataclass(frozen=True)
 class NumbersLayout:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from signvote.ddp.codec import Codec, Streams, new_codec
+from signvote.ddp.codec import Codec, Layouts
+from signvote.ddp.cpu_codec import CpuCodec
+from signvote.ddp.cuda_codec import CudaCodec, Streams
 from signvote.ddp.layout import BucketLayout, MessageLayout
 from signvote.ddp.numbers import NumbersLayout
 from signvote.ddp.options import MEAN_ABS, Phase, VoteOptions
@@ -53,6 +56,52 @@ class BucketPlan:
         )
 
 
+class BucketPlans:
+    """Those of all buckets of a model, as DDP shows them; all on one device.
+
+    Attributes:
+        streams: Of that device if it is a CUDA device.
+    """
+
+    def __init__(self) -> None:
+        self.streams: Streams | None = None
+        self._device: torch.device | None = None
+        self._plans: dict[int, BucketPlan] = {}
+
+    def clear(self) -> None:
+        """Let go of the buckets' memory, and of the device that they were on."""
+        self._plans.clear()
+        self._device = self.streams = None
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._plans
+
+    def __iter__(self) -> Iterator[BucketPlan]:
+        return iter(self._plans.values())
+
+    def use_device(self, index: int, device: torch.device) -> None:
+        """Bucket ``index`` is on ``device``."""
+        if self._device is None:
+            self._device = device
+            self.streams = Streams.of(device) if device.type == "cuda" else None
+        elif device != self._device:
+            raise ValueError(
+                f"majority_vote_hook: bucket {index}: expected gradients on {self._device}, as before, got {device}: "
+                "all gradients of a state are on one device; use one process for each device"
+            )
+
+    def find(self, index: int, parameters: list[torch.Tensor], dtype: torch.dtype, phase: Phase) -> BucketPlan | None:
+        """The plan of bucket ``index``, if DDP and the phase have left the bucket as it was."""
+        plan = self._plans.get(index)
+        if plan is not None and not plan.fits(parameters, dtype, phase):
+            self._plans.clear()  # the buckets were rebuilt, or laid out for votes: the others are out of date too
+            return None
+        return plan
+
+    def add(self, index: int, plan: BucketPlan) -> None:
+        self._plans[index] = plan
+
+
 def new_plan(
     options: VoteOptions,
     parameters: list[torch.Tensor],
@@ -97,7 +146,12 @@ def new_plan(
         kept = MessageLayout(BucketLayout(numels, places, 1, dense=excluded))
     exchange = new_exchange(topology, sent, result, rank, size)
     voter = Voter(sent, result, exchange.shard, size, buffer.dtype, options, counters, implementation)
-    codec = new_codec(buffer, sent, result, kept, exchange, counters, streams=streams, implementation=implementation)
+    layouts = Layouts(sent, result, kept)
+    codec: Codec
+    if streams is None:
+        codec = CpuCodec(layouts, exchange, counters, implementation)
+    else:
+        codec = CudaCodec(buffer, layouts, exchange, counters, streams)
     return BucketPlan(
         parameters=parameters,
         dtype=buffer.dtype,

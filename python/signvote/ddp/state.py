@@ -13,14 +13,15 @@ from signvote.ddp import checkpoint
 from signvote.ddp.advice import Advice
 from signvote.ddp.agreement import WIRE_VERSION, DisagreementError, check_agreement, short_list
 from signvote.ddp.agreement_rates import AgreementRates
+from signvote.ddp.binding import Binding
 from signvote.ddp.channel import Channel
-from signvote.ddp.codec import Streams
-from signvote.ddp.exclude import Exclude, resolve
+from signvote.ddp.exclude import Exclude
 from signvote.ddp.hybrid import CalibratedSwitch
 from signvote.ddp.momentum import MomentumByPlace
 from signvote.ddp.options import LOSS_SCALE, MEAN_ABS, Phase, VoteOptions
-from signvote.ddp.plan import BucketPlan, new_plan
-from signvote.ddp.stats import Counters, ParameterStats, Traffic, VoteStats
+from signvote.ddp.parameters import Parameters
+from signvote.ddp.plan import BucketPlan, BucketPlans, new_plan
+from signvote.ddp.stats import Counters, ParameterStats, VoteStats
 from signvote.ddp.switching import Switching
 from signvote.ddp.trailer import MAX_WEIGHT
 
@@ -141,35 +142,23 @@ class MajorityVoteState:
         )
         self.grad_scaler = scale if isinstance(scale, torch.amp.GradScaler) else None
         self.weight = weight
-        self._exclude = exclude
-        self.timeout = timeout
         self.implementation = implementation
-        # The group of all ranks is found when it is needed, also after it was destroyed and made anew.
-        self.process_group = None if process_group is dist.group.WORLD else process_group
-        self._group_is_missing = False
         self.step = 0
-        self._names: list[str] | None = None
-        self._momentum = MomentumByPlace()
-        self.counters = Counters()
-        self._traffic = Traffic()
-        # What is tied to live objects: parameters, buckets, the process group.
-        self._places: dict[torch.Tensor, int] = {}
-        self._excluded: frozenset[int] = frozenset()
         self.dither = 0.0  # of this step
         self.loss_scale = 1.0  # by which the gradients of this step are multiplied, as far as the hook must know
+        self.counters = Counters()
         self.agreement_rates = AgreementRates()
         self.switching = Switching(None, None, None)
-        self._plans: dict[int, BucketPlan] = {}
-        self._device: torch.device | None = None
-        self._streams: Streams | None = None
+        self._parameters = Parameters(exclude)
+        self._momentum = MomentumByPlace()
+        self._binding = Binding(process_group, timeout)
+        self._plans = BucketPlans()
         self._last_bucket = -1
-        self._channel: Channel | None = None
         self._advice: Advice | None = None
-        self._failure: str | None = None
         # DDP stops at the first bucket that raises: those behind it must not write into gradients any more.
         self.is_aborted = False
 
-    # -- Parameters -----------------------------------------------------------------------------------------------
+    # -- Binding --------------------------------------------------------------------------------------------------
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Tell the state its model's parameters, so that momentum can be saved by name. :func:`attach` does it.
@@ -181,29 +170,16 @@ class MajorityVoteState:
             RuntimeError: If the hook has been called already.
             ValueError: If the state was unpickled and had other names.
         """
-        if self._places:
-            raise RuntimeError("name_parameters: the parameters are known already: call it before the first backward")
-        named = list(named_parameters)
-        names = [name for name, _ in named]
-        if self._names is not None and self._names != names:
-            raise ValueError(f"name_parameters: names: expected those of the saved state, {self._names}, got {names}")
-        excluded = set(resolve(self._exclude, named))
-        self._names = names
-        self._places = {parameter: place for place, (_, parameter) in enumerate(named)}
-        self._excluded = frozenset(place for place, name in enumerate(names) if name in excluded)
+        self._parameters.tell(named_parameters)
 
-    def _place(self, parameter: torch.Tensor) -> int:
-        """Index of ``parameter`` in the model; without names, in the order in which DDP first showed them."""
-        if self._names is None:
-            return self._places.setdefault(parameter, len(self._places))
-        if parameter not in self._places:
-            raise RuntimeError(
-                f"majority_vote_hook: a parameter of shape {tuple(parameter.shape)} is not among those that were "
-                "named: a state belongs to one model; after unpickling, attach(ddp, state=state) names them anew"
-            )
-        return self._places[parameter]
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that vote, None for all; to be set again after unpickling, unless they are all."""
+        return self._binding.process_group
 
-    # -- Binding --------------------------------------------------------------------------------------------------
+    @process_group.setter
+    def process_group(self, process_group: dist.ProcessGroup | None) -> None:
+        self._binding.process_group = process_group
 
     def channel(self) -> Channel:
         """The channel of the current process group; made in the first call, and anew if the group was destroyed.
@@ -211,50 +187,30 @@ class MajorityVoteState:
         Raises:
             RuntimeError: If there is no process group, or if a vote has failed on it.
         """
-        if self._channel is None or not self._channel.alive:
-            self._check_process_group()
-            self._drop_plans()
-            self._failure = None
-            try:
-                self._channel = Channel(self.process_group, self.timeout, self._traffic)
-            except Exception as error:
-                raise RuntimeError(f"signvote: rank {dist.get_rank(self.process_group)}: new group: {error}") from error
-            if self._channel.rank == 0 and self._advice is None:
-                self._give_advice(self._channel.size)
-        if self._failure is not None:
-            raise RuntimeError(self._failure)
-        return self._channel
+        channel = self._binding.channel
+        if channel is None:
+            self._plans.clear()
+            channel = self._binding.bind()
+            if channel.rank == 0 and self._advice is None:
+                self._give_advice(channel.size)
+        if self._binding.failure is not None:
+            raise RuntimeError(self._binding.failure)
+        return channel
 
     def _give_advice(self, size: int) -> None:
         options = self.options
         self._advice = Advice(
-            self._voted_parameters,
+            self._parameters.voted,
             has_momentum=options.has_momentum,
             scale=None if options.scale == MEAN_ABS else self._scale_to_step_with,
         )
         self._advice.check_world(size, "zero" if options.can_be_zero else options.ties)
-
-    def _voted_parameters(self) -> list[torch.Tensor]:
-        return [parameter for parameter, place in self._places.items() if place not in self._excluded]
 
     def _scale_to_step_with(self) -> float | None:
         """What the optimizer finds in the gradients, a loss scale taken out; None in steps that take the mean."""
         if self.step == 0 or self.phase.is_dense:
             return None
         return self.options.scale if isinstance(self.options.scale, float) else 1.0
-
-    def _check_process_group(self) -> None:
-        if not dist.is_initialized():
-            raise RuntimeError("signvote: torch.distributed is not initialised (init_process_group)")
-        if self._group_is_missing and self.process_group is None:
-            raise RuntimeError(
-                "signvote: this state was pickled with a process group of its own: set state.process_group before use"
-            )
-        if self.process_group is not None:
-            try:
-                dist.get_process_group_ranks(self.process_group)
-            except (KeyError, ValueError):
-                raise RuntimeError("signvote: the state's process group was destroyed") from None
 
     def close(self) -> None:
         """End the worker thread and the state's own group now, rather than with ``destroy_process_group()``.
@@ -264,9 +220,11 @@ class MajorityVoteState:
         For a state that is given up while training goes on. It can be used again: it then makes a new group, so all
         ranks must close it, between steps.
         """
-        if self._channel is not None:
-            self._channel.close()
-        self._drop_plans()
+        self._binding.close()
+        self._plans.clear()
+
+    def has_plan(self, bucket_index: int) -> bool:
+        return bucket_index in self._plans
 
     def plan(
         self,
@@ -276,81 +234,56 @@ class MajorityVoteState:
     ) -> BucketPlan:
         """The plan of ``bucket``: made when DDP first shows it, and anew when DDP has rebuilt its buckets."""
         index, parameters, buffer = bucket.index(), bucket.parameters(), bucket.buffer()
-        self._use_device(index, buffer.device)
-        plan = self._plans.get(index)
-        if plan is not None and plan.fits(parameters, buffer.dtype, phase):
-            return plan
-        if plan is not None:
-            self._plans.clear()  # the buckets were rebuilt, or laid out for votes: the others are out of date too
-        plan = self._plans[index] = self._new_plan(channel, index, parameters, buffer, phase)
-        description = {
-            "wire version": WIRE_VERSION,
-            "world size": channel.size,
-            **self.options.described(),
-            "step": self.step,
-            "phase": phase.value,
-            "switch to means": self.switching.described(),
-            f"numel of bucket {index}": plan.layout.numel,
-            f"parameters of bucket {index}": len(parameters),
-            f"dtype of bucket {index}": str(buffer.dtype),
-        }
-        description[f"excluded parameters of bucket {index}"] = short_list(
-            sorted(self._excluded.intersection(self._places[parameter] for parameter in parameters))
-        )
-        name = self.vote_name(channel, index)
-        channel.submit(lambda: self._agree(channel, name, description))
+        self._plans.use_device(index, buffer.device)
+        plan = self._plans.find(index, parameters, buffer.dtype, phase)
+        if plan is None:
+            plan = self._new_plan(channel, index, parameters, buffer, phase)
+            self._plans.add(index, plan)
+            name, description = self.vote_name(channel, index), self._description(channel, index, plan)
+            channel.submit(lambda: self._agree(channel, name, description))
         return plan
-
-    def _drop_plans(self) -> None:
-        """Let go of the buckets' memory, and of the device that they were on."""
-        self._plans.clear()
-        self._device = self._streams = None
-
-    def _use_device(self, bucket_index: int, device: torch.device) -> None:
-        if self._device is None:
-            self._device = device
-            self._streams = Streams.of(device) if device.type == "cuda" else None
-        elif device != self._device:
-            raise ValueError(
-                f"majority_vote_hook: bucket {bucket_index}: expected gradients on {self._device}, as before, got "
-                f"{device}: all gradients of a state are on one device; use one process for each device"
-            )
-
-    def has_plan(self, bucket_index: int) -> bool:
-        return bucket_index in self._plans
 
     def _new_plan(
         self, channel: Channel, index: int, parameters: list[torch.Tensor], buffer: torch.Tensor, phase: Phase
     ) -> BucketPlan:
-        if self._exclude is not None and self._names is None:
-            raise RuntimeError(
-                "majority_vote_hook: exclude needs the parameters' names: use attach(ddp), or name_parameters()"
-            )
-        places = [self._place(parameter) for parameter in parameters]
+        places, excluded = self._parameters.places(parameters), self._parameters.excluded
         momentum = None
-        if self.options.has_momentum and phase is not Phase.SWITCHED and not self._excluded.issuperset(places):
-            momentum = self._momentum.gather(parameters, places, buffer, without=self._excluded)
+        if self.options.has_momentum and phase is not Phase.SWITCHED and not excluded.issuperset(places):
+            momentum = self._momentum.gather(parameters, places, buffer, without=excluded)
         return new_plan(
             self.options,
             parameters,
             places,
             buffer,
             phase,
-            excluded=self._excluded,
+            excluded=excluded,
             has_progress=index == 0 and not phase.is_dense and self.switching.needs_progress,
             momentum=momentum,
             rank=channel.rank,
             size=channel.size,
             counters=self.counters,
-            streams=self._streams,
+            streams=self._plans.streams,
             implementation=self.implementation,
         )
 
-    def vote_name(self, channel: Channel, bucket_index: int) -> str:
-        return f"signvote: rank {channel.rank}, step {self.step}, bucket {bucket_index}"
+    def _description(self, channel: Channel, index: int, plan: BucketPlan) -> dict[str, Any]:
+        """What all ranks must have in common before they vote on a bucket."""
+        excluded = sorted(self._parameters.excluded.intersection(self._parameters.places(plan.parameters)))
+        return {
+            "wire version": WIRE_VERSION,
+            "world size": channel.size,
+            **self.options.described(),
+            "step": self.step,
+            "phase": self.phase.value,
+            "switch to means": self.switching.described(),
+            f"numel of bucket {index}": plan.layout.numel,
+            f"parameters of bucket {index}": len(plan.parameters),
+            f"dtype of bucket {index}": str(plan.dtype),
+            f"excluded parameters of bucket {index}": short_list(excluded),
+        }
 
     def _agree(self, channel: Channel, name: str, description: Mapping[str, Any]) -> None:
-        if self._failure is None:
+        if self.failure is None:
             try:
                 check_agreement(channel, "signvote", description)
             except DisagreementError as error:
@@ -358,17 +291,16 @@ class MajorityVoteState:
             except Exception as error:
                 self.fail(f"{name}: agreement: {error}")
 
-    def fail(self, message: str) -> None:
-        """Ranks may be out of step from here on: every later vote on this group raises this.
+    def vote_name(self, channel: Channel, bucket_index: int) -> str:
+        return f"signvote: rank {channel.rank}, step {self.step}, bucket {bucket_index}"
 
-        Only the text is kept: an exception would keep alive what its traceback refers to, the group above all.
-        """
-        if self._failure is None:
-            self._failure = message
+    def fail(self, message: str) -> None:
+        """As :meth:`signvote.ddp.binding.Binding.fail`."""
+        self._binding.fail(message)
 
     @property
     def failure(self) -> str | None:
-        return self._failure
+        return self._binding.failure
 
     # -- Steps and counters ---------------------------------------------------------------------------------------
 
@@ -434,7 +366,7 @@ class MajorityVoteState:
         if (rule is None) != (lr is None):
             raise ValueError(f"switch_to_dense: lr: expected one with a rule and only then, got {lr!r}")
         self.switching = Switching(at_step, rule, lr)
-        self._drop_plans()
+        self._plans.clear()
 
     @property
     def switched_at(self) -> int | None:
@@ -489,10 +421,10 @@ class MajorityVoteState:
                 parameters' names.
         """
         if not per_parameter:
-            return self.counters.stats(self._traffic)
+            return self.counters.stats(self._binding.traffic)
         if not self.options.track_agreement:
             raise RuntimeError("stats: per_parameter: expected a state with track_agreement=True")
-        names = self._known_names("stats")
+        names = self._parameters.known_names("stats")
         return {names[place]: rates for place, rates in self.agreement_rates.by_place.items()}
 
     # -- Saving ---------------------------------------------------------------------------------------------------
@@ -505,8 +437,8 @@ class MajorityVoteState:
         Raises:
             RuntimeError: If the parameters' names are not known (use :func:`attach`), or without a process group.
         """
-        names = self._known_names("state_dict")
-        rank, world_size = self._rank_and_world_size("state_dict")
+        names = self._parameters.known_names("state_dict")
+        rank, world_size = self._binding.rank_and_world_size("state_dict")
         return {
             "format": checkpoint.FORMAT,
             "rank": rank,
@@ -531,20 +463,23 @@ class MajorityVoteState:
                 Nothing is changed then.
             RuntimeError: As :meth:`state_dict`.
         """
-        names = self._known_names("load_state_dict")
+        names = self._parameters.known_names("load_state_dict")
         checkpoint.check_format(state_dict)
         momentum: dict[int, torch.Tensor] = {}
         if not reset_momentum:
-            checkpoint.check_rank(state_dict, *self._rank_and_world_size("load_state_dict"))
+            checkpoint.check_rank(state_dict, *self._binding.rank_and_world_size("load_state_dict"))
             saved = state_dict["momentum"]
-            shapes = {names[place]: parameter.shape for parameter, place in self._places.items()}
-            expects_momentum = self.options.has_momentum and len(self._excluded) < len(names)
-            any_trained = any(parameter.requires_grad for parameter in self._voted_parameters())
-            checkpoint.check_momentum(state_dict, shapes, expects_momentum=expects_momentum, any_trained=any_trained)
+            excluded = self._parameters.excluded
+            checkpoint.check_momentum(
+                state_dict,
+                self._parameters.shapes(),
+                expects_momentum=self.options.has_momentum and len(excluded) < len(names),
+                any_trained=any(parameter.requires_grad for parameter in self._parameters.voted()),
+            )
             momentum = {
                 place: saved[name].detach().clone()
                 for place, name in enumerate(names)
-                if name in saved and place not in self._excluded
+                if name in saved and place not in excluded
             }
         if state_dict.get("switch") is not None:
             self.switching.load_state_dict(state_dict["switch"])
@@ -552,48 +487,28 @@ class MajorityVoteState:
         self.step = state_dict["step"]
         self._momentum = MomentumByPlace(momentum)
         self.agreement_rates = AgreementRates()
-        self._drop_plans()
+        self._plans.clear()
         self._last_bucket = -1
-
-    def _known_names(self, caller: str) -> list[str]:
-        if self._names is None:
-            raise RuntimeError(
-                f"{caller}: the parameters' names are not known: use attach(ddp), or name_parameters() before training"
-            )
-        return self._names
-
-    def _rank_and_world_size(self, caller: str) -> tuple[int, int]:
-        try:
-            self._check_process_group()
-        except RuntimeError as error:
-            raise RuntimeError(f"{caller}: this rank is not known: {error}") from None
-        return dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what lives in this process: the group, the thread, the buckets, the identity of the parameters."""
         momentum = dict(self._momentum.items())
-        if momentum and self._names is None:
+        if momentum and self._parameters.names is None:
             raise RuntimeError(
                 "MajorityVoteState: a state whose parameters have no names cannot be pickled in training: nothing "
                 "would tell whose momentum is whose; use attach(ddp)"
             )
         return {
-            "options": {**self.options.as_dict(), "weight": self.weight, "exclude": self._exclude_to_save()},
-            "timeout": self.timeout,
+            "options": {**self.options.as_dict(), "weight": self.weight, "exclude": self._parameters.exclude_to_save()},
+            "timeout": self._binding.timeout,
             "implementation": self.implementation,
-            "has_group": self.process_group is not None or self._group_is_missing,
+            "has_group": self._binding.has_group,
             "step": self.step,
-            "names": self._names,
+            "names": self._parameters.names,
             "momentum": momentum,
             "switch": self.switching.state_dict(),
             "rule": self.switching.rule,
         }
-
-    def _exclude_to_save(self) -> Exclude:
-        """Names, if they are known: functions cannot always be pickled, and could select others elsewhere."""
-        if self._names is None or not self._places:
-            return self._exclude
-        return [name for place, name in enumerate(self._names) if place in self._excluded] or None
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
         options = saved["options"]
@@ -601,9 +516,9 @@ class MajorityVoteState:
         options = {**options, "scale": 1.0 if scale == LOSS_SCALE else scale}
         self.__init__(timeout=saved["timeout"], implementation=saved["implementation"], **options)  # type: ignore[misc]
         self.options = replace(self.options, scale=scale)
-        self._group_is_missing = saved["has_group"]
+        self._binding = Binding(None, saved["timeout"], is_group_missing=saved["has_group"])
         self.step = saved["step"]
-        self._names = saved["names"]
+        self._parameters = Parameters(options["exclude"], saved["names"])
         self._momentum = MomentumByPlace(saved["momentum"])
         self.switching = Switching(None, saved["rule"], None)
         self.switching.load_state_dict(saved["switch"])
