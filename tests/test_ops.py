@@ -16,6 +16,7 @@ import torch
 import reference
 import signvote
 from signvote import _core, ops
+from signvote.implementation import default_implementation
 
 SIGNUM = (0.9, 1 - 0.9, 0.9, 1 - 0.9)
 TORCH_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -191,16 +192,16 @@ def test_implementation_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     try:
         for name, expected in (("portable", "portable"), ("", names[0])):
             monkeypatch.setenv("SIGNVOTE_IMPLEMENTATION", name)
-            ops.default_implementation.cache_clear()
-            assert ops.default_implementation() == expected
+            default_implementation.cache_clear()
+            assert default_implementation() == expected
             assert signvote.pack_signs(torch.ones(3)).tolist() == [0b111]
         monkeypatch.setenv("SIGNVOTE_IMPLEMENTATION", "sse9")
-        ops.default_implementation.cache_clear()
+        default_implementation.cache_clear()
         with pytest.raises(ValueError, match=r"^SIGNVOTE_IMPLEMENTATION is 'sse9', expected one of '.*'portable'$"):
             signvote.pack_signs(torch.ones(3))
         assert signvote.pack_signs(torch.ones(3), implementation="portable").tolist() == [0b111]
     finally:
-        ops.default_implementation.cache_clear()
+        default_implementation.cache_clear()
 
 
 def test_threads_call_at_once(implementation: str) -> None:

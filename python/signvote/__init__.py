@@ -1,9 +1,9 @@
 """Training by majority vote: one bit per gradient coordinate in each direction."""
 
 from signvote.cuda import cuda_available
+from signvote.implementation import implementations
 from signvote.ops import (
     has_nonfinite,
-    implementations,
     majority_vote,
     majority_vote_ternary,
     num_words,

@@ -5,12 +5,11 @@ That is NumPy arrays on the CPU and tensors on CUDA devices. The native modules 
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import math
 import operator
 import struct
-from collections.abc import Callable
-from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from signvote import cuda
 
 AnyArray: TypeAlias = NDArray[Any] | torch.Tensor
+Array = TypeVar("Array", NDArray[Any], torch.Tensor)
 
 TORCH_DTYPES = {
     torch.float32: "float32",
@@ -33,64 +33,59 @@ DTYPES = "float32, float64, float16 or bfloat16"
 
 def scale_bits(op: str, scale: SupportsFloat, dtype: str) -> int:
     """The bits of ``scale``, rounded to the nearest value of ``dtype``."""
-    try:
-        value = float(scale)
-    except (TypeError, ValueError):
-        raise TypeError(f"{op}: scale is {scale!r}, expected a number") from None
-    bits = _FINITE_BITS[dtype](value) if math.isfinite(value) else None
+    value = _to_number(op, "scale", scale)
+    bits = _finite_bits(value, dtype) if math.isfinite(value) else None
     if bits is None:
         raise ValueError(f"{op}: scale is {value!r}, expected a number that is finite in {dtype}")
     return bits
 
 
-def _struct_bits(float_format: str, int_format: str, value: float) -> int | None:
+def threshold_bits(op: str, threshold: SupportsFloat, dtype: str) -> int:
+    """The bits of the largest value of ``dtype`` that is not above ``threshold``: what is above one is above both."""
+    value = _to_number(op, "threshold", threshold)
+    if not value >= 0:
+        raise ValueError(f"{op}: threshold is {value!r}, expected a number that is not negative")
+    if math.isinf(value):
+        return _INFINITY[dtype]
+    nearest = _finite_bits(abs(value), dtype)
+    if nearest is None:
+        return _INFINITY[dtype] - 1
+    return nearest - 1 if _value_of(nearest, dtype) > value else nearest
+
+
+def _to_number(op: str, name: str, value: SupportsFloat) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {name} is {value!r}, expected a number") from None
+
+
+# Of struct: a number, and its bits.
+_FORMATS = {"float32": ("<f", "<I"), "float64": ("<d", "<Q"), "float16": ("<e", "<H")}
+
+_INFINITY = {"float32": 0x7F800000, "float64": 0x7FF0000000000000, "float16": 0x7C00, "bfloat16": 0x7F80}
+
+
+def _finite_bits(value: float, dtype: str) -> int | None:
+    """The bits of the value of ``dtype`` nearest to a finite one; None if that is not finite."""
+    if dtype == "bfloat16":  # the upper half of the float32, rounded half to even
+        bits = _finite_bits(value, "float32")
+        if bits is None:
+            return None
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return None if bits & 0x7FFF == _INFINITY[dtype] else bits
+    float_format, int_format = _FORMATS[dtype]
     try:
         return int(struct.unpack(int_format, struct.pack(float_format, value))[0])
     except OverflowError:
         return None
 
 
-def _bfloat16_bits(value: float) -> int | None:
-    """The upper half of the float32, rounded half to even."""
-    bits = _struct_bits("<f", "<I", value)
-    if bits is None:
-        return None
-    bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return None if bits & 0x7FFF == 0x7F80 else bits
-
-
-_FINITE_BITS: dict[str, Callable[[float], int | None]] = {
-    "float32": functools.partial(_struct_bits, "<f", "<I"),
-    "float64": functools.partial(_struct_bits, "<d", "<Q"),
-    "float16": functools.partial(_struct_bits, "<e", "<H"),
-    "bfloat16": _bfloat16_bits,
-}
-
-
-def threshold_bits(op: str, threshold: SupportsFloat, dtype: str) -> int:
-    """The bits of the largest value of ``dtype`` that is not above ``threshold``: what is above one is above both."""
-    try:
-        value = float(threshold)
-    except (TypeError, ValueError):
-        raise TypeError(f"{op}: threshold is {threshold!r}, expected a number") from None
-    if not value >= 0:
-        raise ValueError(f"{op}: threshold is {value!r}, expected a number that is not negative")
-    if math.isinf(value):
-        return _INFINITY[dtype]
-    nearest = _FINITE_BITS[dtype](abs(value))
-    if nearest is None:
-        return _INFINITY[dtype] - 1
-    return nearest - 1 if _value_of(nearest, dtype) > value else nearest
-
-
 def _value_of(bits: int, dtype: str) -> float:
     if dtype == "bfloat16":
         bits, dtype = bits << 16, "float32"
-    float_format, int_format = {"float32": ("<f", "<I"), "float64": ("<d", "<Q"), "float16": ("<e", "<H")}[dtype]
+    float_format, int_format = _FORMATS[dtype]
     return float(struct.unpack(float_format, struct.pack(int_format, bits))[0])
-
-
-_INFINITY = {"float32": 0x7F800000, "float64": 0x7FF0000000000000, "float16": 0x7C00, "bfloat16": 0x7F80}
 
 
 def to_integer(op: str, name: str, value: SupportsIndex, smallest: int, largest: int) -> int:
@@ -105,6 +100,15 @@ def to_integer(op: str, name: str, value: SupportsIndex, smallest: int, largest:
     return integer
 
 
+def to_numel(op: str, numel: SupportsIndex) -> int:
+    return to_integer(op, "numel", numel, 0, 2**63 - 1)
+
+
+def words_for(numel: int) -> int:
+    """How many words hold the signs of ``numel`` coordinates."""
+    return (numel + 31) // 32
+
+
 def check_same_kind(op: str, name: str, x: object, like: object) -> None:
     kind = torch.Tensor if isinstance(like, torch.Tensor) else np.ndarray
     if not isinstance(x, kind):
@@ -112,11 +116,23 @@ def check_same_kind(op: str, name: str, x: object, like: object) -> None:
         raise TypeError(f"{op}: {name} is a {type(x).__name__}, expected {expected} like the other arguments")
 
 
-def to_torch_dtype(op: str, dtype: Any) -> torch.dtype:
+def _to_torch_dtype(op: str, dtype: Any) -> torch.dtype:
     found = TORCH_DTYPES_BY_NAME.get(dtype) if isinstance(dtype, str) else dtype
     if isinstance(found, torch.dtype) and found in TORCH_DTYPES:
         return found
     raise TypeError(f"{op}: dtype is {dtype!r}, expected torch's {DTYPES}")
+
+
+def _to_dtype(op: str, like: AnyArray, dtype: Any) -> Any:
+    """``dtype`` as a torch or NumPy dtype, after the kind of ``like``."""
+    if isinstance(like, torch.Tensor):
+        return _to_torch_dtype(op, dtype)
+    found: Any = None
+    with contextlib.suppress(TypeError):
+        found = np.dtype(dtype)
+    if found is not None and (found in NUMPY_DTYPES or found.name == "bfloat16"):
+        return found
+    raise TypeError(f"{op}: dtype is {dtype!r}, expected NumPy's float32, float64 or float16, or ml_dtypes' bfloat16")
 
 
 CPU = torch.device("cpu")  # this very object tells the ops that they work on the CPU
@@ -208,6 +224,23 @@ def written_words(op: str, name: str, x: AnyArray, device: torch.device = CPU) -
     return input_words(op, name, x, device, written=True)
 
 
+def input_stack(op: str, stack: Any) -> tuple[Any, Any, torch.device]:
+    """The memory of the rows of a vote, an array like which the result is, and where the vote is."""
+    if not isinstance(stack, (list, tuple)):
+        device = device_of(op, "stack", stack)
+        return input_words(op, "stack", stack, device), stack, device
+    if not stack:
+        raise ValueError(f"{op}: stack has 0 rows, expected 1 to 65535")
+    device = device_of(op, "stack[0]", stack[0])
+    for i, row in enumerate(stack):
+        check_same_kind(op, f"stack[{i}]", row, stack[0])
+    return [input_words(op, f"stack[{i}]", row, device) for i, row in enumerate(stack)], stack[0], device
+
+
+def width_of(words: AnyArray) -> int:
+    return words.shape[-1] if words.ndim else 0
+
+
 def words_out(op: str, like: AnyArray, shape: tuple[int, ...], out: Any, device: torch.device = CPU) -> tuple[Any, Any]:
     """``out`` or new words of the kind of ``like``, and their memory."""
     if out is None:
@@ -218,3 +251,19 @@ def words_out(op: str, like: AnyArray, shape: tuple[int, ...], out: Any, device:
         return tensor, _to_native(tensor, device)
     check_same_kind(op, "out", out, like)
     return out, written_words(op, "out", out, device)
+
+
+def coordinates_out(
+    op: str, like: AnyArray, numel: int, dtype: Any, out: Any, device: torch.device
+) -> tuple[Any, Any, str]:
+    """``out`` or ``numel`` new coordinates of the kind of ``like``, their memory, and the name of their dtype."""
+    result = out
+    if out is None:
+        found = _to_dtype(op, like, "float32" if dtype is None else dtype)
+        is_tensor = isinstance(like, torch.Tensor)
+        result = torch.empty(numel, dtype=found, device=device) if is_tensor else np.empty(numel, found)
+    else:
+        check_same_kind(op, "out", out, like)
+        if dtype is not None and _to_dtype(op, like, dtype) != out.dtype:
+            raise TypeError(f"{op}: out is {out.dtype}, expected {dtype}")
+    return result, *written_coordinates(op, "out", result, device)

@@ -1,4 +1,4 @@
-"""The ops on NumPy arrays and tensors: allocate, choose the implementation, call the native module.
+"""The ops on NumPy arrays and tensors: allocate, call the native module.
 
 A word is 32 sign bits, least significant bit first: coordinate ``i`` is bit ``i % 32`` of word ``i // 32``, 1 for a
 positive coordinate, and the unused bits of the last word are 0. Words are ``uint32`` in NumPy and ``int32`` in torch.
@@ -16,61 +16,33 @@ written. An error from CUDA may come from work that was begun earlier.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, SupportsFloat, SupportsIndex, TypeVar
+from typing import Any, SupportsFloat, SupportsIndex
 
-import numpy as np
 import torch
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from signvote import _core, cuda
 from signvote.arguments import (
     CPU,
-    NUMPY_DTYPES,
     AnyArray,
+    Array,
     check_same_kind,
+    coordinates_out,
     device_of,
     input_coordinates,
+    input_stack,
     input_words,
     scale_bits,
     size_of,
     threshold_bits,
-    to_integer,
-    to_torch_dtype,
+    to_numel,
+    width_of,
+    words_for,
     words_out,
     written_coordinates,
 )
-
-Array = TypeVar("Array", NDArray[Any], torch.Tensor)
-
-
-def implementations() -> list[str]:
-    """Names of the implementations that this CPU can run, best first."""
-    return _core.implementations()
-
-
-@functools.cache
-def default_implementation() -> str:
-    """The implementation that ops take unless told: ``SIGNVOTE_IMPLEMENTATION`` if it is set, otherwise the best.
-
-    The environment is read once, at the first use.
-
-    Raises:
-        ValueError: ``SIGNVOTE_IMPLEMENTATION`` names none of :func:`implementations`.
-    """
-    names = _core.implementations()
-    name = os.environ.get("SIGNVOTE_IMPLEMENTATION") or names[0]
-    if name not in names:
-        raise ValueError(f"SIGNVOTE_IMPLEMENTATION is {name!r}, expected one of {', '.join(map(repr, names))}")
-    return name
-
-
-def choices(implementation: str | None, num_threads: SupportsIndex | None) -> tuple[str, SupportsIndex]:
-    """The implementation and the number of threads, or what takes their place where they are None."""
-    return implementation or default_implementation(), torch.get_num_threads() if num_threads is None else num_threads
+from signvote.implementation import choices
 
 
 def _call(
@@ -101,7 +73,7 @@ def num_words(numel: SupportsIndex) -> int:
         TypeError: ``numel`` is not an integer.
         ValueError: ``numel`` is negative.
     """
-    return (_to_numel("num_words", numel) + 31) // 32
+    return words_for(to_numel("num_words", numel))
 
 
 def pack_signs(
@@ -123,7 +95,7 @@ def pack_signs(
             ``"positive"`` or ``"negative"``.
         seed: Of the coins, 0 to 2**64 - 1.
         out: ``num_words(numel)`` words to write to.
-        implementation: One of :func:`implementations`; None on a CUDA device.
+        implementation: One of :func:`signvote.implementations`; None on a CUDA device.
         num_threads: How many threads may work on it at most, the caller's included; ``torch.get_num_threads()`` unless
             given. Small arrays stay on the caller's thread. The result does not depend on it. None on a CUDA device.
 
@@ -140,7 +112,7 @@ def pack_signs(
     op = "pack_signs"
     device = device_of(op, "x", x)
     source, dtype = input_coordinates(op, "x", x, device)
-    result, words = words_out(op, x, (num_words(size_of(x)),), out, device)
+    result, words = words_out(op, x, (words_for(size_of(x)),), out, device)
     _call(_core.pack_signs, device, (source, dtype, zeros, seed, words), implementation, num_threads)
     return result
 
@@ -186,7 +158,7 @@ def pack_momentum(
     expected = "float64" if dtype == "float64" else "float32"
     if momentum_dtype != expected:
         raise TypeError(f"{op}: momentum is {momentum_dtype}, expected {expected} for a {dtype} x")
-    result, words = words_out(op, x, (num_words(size_of(x)),), out, device)
+    result, words = words_out(op, x, (words_for(size_of(x)),), out, device)
     try:
         a, b, c, d = map(float, coefficients)
     except (TypeError, ValueError):
@@ -217,7 +189,7 @@ def majority_vote(
         seed: Of the coins, 0 to 2**64 - 1. The same on all replicas.
         numel: How many coordinates the words hold; ``32 * W`` unless given.
         out: W words to write to.
-        implementation: One of :func:`implementations`; None on a CUDA device.
+        implementation: One of :func:`signvote.implementations`; None on a CUDA device.
         num_threads: As in :func:`pack_signs`.
 
     Returns:
@@ -230,8 +202,8 @@ def majority_vote(
             overlaps ``stack``; ``ties``, ``seed`` or ``implementation`` is none of the above.
     """
     op = "majority_vote"
-    rows, like, device = _input_stack(op, stack)
-    result, words = words_out(op, like, (_width_of(like),), out, device)
+    rows, like, device = input_stack(op, stack)
+    result, words = words_out(op, like, (width_of(like),), out, device)
     if isinstance(rows, list) and device is not CPU:
         rows = cuda.stacked(op, "stack", rows, words)
     _call(_core.majority_vote, device, (rows, numel, ties, seed, words), implementation, num_threads)
@@ -258,7 +230,7 @@ def unpack_signs(
         dtype: float32, float64, float16 or bfloat16; that of ``out`` if it is given, otherwise float32.
         scale: A number that is finite in ``dtype``, where it is rounded to the nearest value.
         out: ``numel`` coordinates to write to, of any shape.
-        implementation: One of :func:`implementations`; None on a CUDA device.
+        implementation: One of :func:`signvote.implementations`; None on a CUDA device.
         num_threads: As in :func:`pack_signs`.
 
     Returns:
@@ -274,10 +246,10 @@ def unpack_signs(
     op = "unpack_signs"
     device = device_of(op, "words", words)
     source = input_words(op, "words", words, device)
-    numel = _to_numel(op, numel)
-    if size_of(words) != num_words(numel):
-        raise ValueError(f"{op}: words has {size_of(words)} words, expected {num_words(numel)} for numel {numel}")
-    result, target, name = _coordinates_out(op, words, numel, dtype, out, device)
+    numel = to_numel(op, numel)
+    if size_of(words) != words_for(numel):
+        raise ValueError(f"{op}: words has {size_of(words)} words, expected {words_for(numel)} for numel {numel}")
+    result, target, name = coordinates_out(op, words, numel, dtype, out, device)
     positive = scale_bits(op, scale, name)
     _call(_core.unpack_signs, device, (source, numel, name, positive, target), implementation, num_threads)
     return result
@@ -302,7 +274,7 @@ def pack_ternary(
         x: As in :func:`pack_signs`. NaN is 0, ±inf is not.
         threshold: 0 or more, inf included, which nothing is above. It is not rounded to the dtype of ``x``.
         out: ``(2, num_words(numel))`` words to write to, with any distance between the planes.
-        implementation: One of :func:`implementations`; None on a CUDA device.
+        implementation: One of :func:`signvote.implementations`; None on a CUDA device.
         num_threads: As in :func:`pack_signs`.
 
     Returns:
@@ -316,7 +288,7 @@ def pack_ternary(
     device = device_of(op, "x", x)
     source, dtype = input_coordinates(op, "x", x, device)
     limit = threshold_bits(op, threshold, dtype)
-    result, planes = words_out(op, x, (2, num_words(size_of(x))), out, device)
+    result, planes = words_out(op, x, (2, words_for(size_of(x))), out, device)
     _call(_core.pack_ternary, device, (source, dtype, limit, planes), implementation, num_threads)
     return result
 
@@ -344,7 +316,7 @@ def majority_vote_ternary(
         quorum: 1 or more. Beyond M, all coordinates are 0.
         numel: How many coordinates the words hold; ``32 * W`` unless given.
         out: ``(2, W)`` words to write to, with any distance between the planes.
-        implementation: One of :func:`implementations`; None on a CUDA device.
+        implementation: One of :func:`signvote.implementations`; None on a CUDA device.
         num_threads: As in :func:`pack_signs`.
 
     Returns:
@@ -355,8 +327,8 @@ def majority_vote_ternary(
         ValueError: As :func:`majority_vote`; ``stack`` or ``out`` has another shape; ``quorum`` is less than 1.
     """
     op = "majority_vote_ternary"
-    rows, like, device = _input_stack(op, stack)
-    result, planes = words_out(op, like, (2, _width_of(like)), out, device)
+    rows, like, device = input_stack(op, stack)
+    result, planes = words_out(op, like, (2, width_of(like)), out, device)
     if isinstance(rows, list) and device is not CPU:
         rows = cuda.stacked(op, "stack", rows, planes, is_ternary=True)
     _call(_core.majority_vote_ternary, device, (rows, numel, quorum, planes), implementation, num_threads)
@@ -380,7 +352,7 @@ def unpack_ternary(
     Args:
         planes: ``(2, num_words(numel))`` words, with any distance between the planes.
         numel, dtype, scale, out: As in :func:`unpack_signs`.
-        implementation: One of :func:`implementations`; None on a CUDA device.
+        implementation: One of :func:`signvote.implementations`; None on a CUDA device.
         num_threads: As in :func:`pack_signs`.
 
     Returns:
@@ -392,11 +364,11 @@ def unpack_ternary(
     op = "unpack_ternary"
     device = device_of(op, "planes", planes)
     source = input_words(op, "planes", planes, device)
-    numel = _to_numel(op, numel)
-    if tuple(planes.shape) != (2, num_words(numel)):
-        shape, expected = tuple(planes.shape), (2, num_words(numel))
+    numel = to_numel(op, numel)
+    shape, expected = tuple(planes.shape), (2, words_for(numel))
+    if shape != expected:
         raise ValueError(f"{op}: planes has shape {shape}, expected {expected} for numel {numel}")
-    result, target, name = _coordinates_out(op, planes, numel, dtype, out, device)
+    result, target, name = coordinates_out(op, planes, numel, dtype, out, device)
     positive = scale_bits(op, scale, name)
     _call(_core.unpack_ternary, device, (source, numel, name, positive, target), implementation, num_threads)
     return result
@@ -409,7 +381,7 @@ def has_nonfinite(x: AnyArray, *, implementation: str | None = None, num_threads
 
     Args:
         x: As in :func:`pack_signs`.
-        implementation: One of :func:`implementations`; None on a CUDA device.
+        implementation: One of :func:`signvote.implementations`; None on a CUDA device.
         num_threads: As in :func:`pack_signs`.
 
     Raises:
@@ -423,57 +395,3 @@ def has_nonfinite(x: AnyArray, *, implementation: str | None = None, num_threads
     counts = torch.empty(2, dtype=torch.int64, device=device)
     _call(_core.has_nonfinite, device, (source, dtype), implementation, num_threads, counts)
     return bool(counts[1].item())
-
-
-def _input_stack(op: str, stack: Any) -> tuple[Any, Any, torch.device]:
-    """The memory of the rows of a vote, an array like which the result is, and where the vote is."""
-    if not isinstance(stack, (list, tuple)):
-        device = device_of(op, "stack", stack)
-        return input_words(op, "stack", stack, device), stack, device
-    if not stack:
-        raise ValueError(f"{op}: stack has 0 rows, expected 1 to 65535")
-    device = device_of(op, "stack[0]", stack[0])
-    for i, row in enumerate(stack):
-        check_same_kind(op, f"stack[{i}]", row, stack[0])
-    return [input_words(op, f"stack[{i}]", row, device) for i, row in enumerate(stack)], stack[0], device
-
-
-def _width_of(words: AnyArray) -> int:
-    return words.shape[-1] if words.ndim else 0
-
-
-def _coordinates_out(
-    op: str, words: AnyArray, numel: int, dtype: Any, out: Any, device: torch.device
-) -> tuple[Any, Any, str]:
-    """``out`` or new coordinates of the kind of ``words``, their memory, and the name of their dtype."""
-    result = out
-    if out is None:
-        result = _empty_coordinates(op, words, numel, dtype)
-    else:
-        check_same_kind(op, "out", out, words)
-        if dtype is not None and _to_dtype(op, words, dtype) != out.dtype:
-            raise TypeError(f"{op}: out is {out.dtype}, expected {dtype}")
-    return result, *written_coordinates(op, "out", result, device)
-
-
-def _to_numel(op: str, numel: SupportsIndex) -> int:
-    return to_integer(op, "numel", numel, 0, 2**63 - 1)
-
-
-def _to_dtype(op: str, like: AnyArray, dtype: Any) -> Any:
-    """``dtype`` as a torch or NumPy dtype, after the kind of ``like``."""
-    if isinstance(like, torch.Tensor):
-        return to_torch_dtype(op, dtype)
-    found: Any = None
-    with contextlib.suppress(TypeError):
-        found = np.dtype(dtype)
-    if found is not None and (found in NUMPY_DTYPES or found.name == "bfloat16"):
-        return found
-    raise TypeError(f"{op}: dtype is {dtype!r}, expected NumPy's float32, float64 or float16, or ml_dtypes' bfloat16")
-
-
-def _empty_coordinates(op: str, like: AnyArray, numel: int, dtype: Any) -> Any:
-    found = _to_dtype(op, like, "float32" if dtype is None else dtype)
-    if isinstance(like, torch.Tensor):
-        return torch.empty(numel, dtype=found, device=like.device)
-    return np.empty(numel, found)

@@ -37,7 +37,7 @@ from signvote.arguments import (
     written_coordinates,
     written_words,
 )
-from signvote.ops import choices
+from signvote.implementation import choices
 
 Runs = NDArray[np.int64]
 Coefficients = tuple[float, float, float, float]

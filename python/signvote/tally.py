@@ -9,8 +9,17 @@ import torch
 from numpy.typing import NDArray
 
 from signvote import _core
-from signvote.arguments import check_same_kind, input_words, to_integer, words_out, written_words
-from signvote.ops import Array, choices
+from signvote.arguments import (
+    Array,
+    check_same_kind,
+    input_words,
+    to_integer,
+    to_numel,
+    words_for,
+    words_out,
+    written_words,
+)
+from signvote.implementation import choices
 
 _MAX_VOTES = 2**31 - 1
 
@@ -51,7 +60,7 @@ class VoteTally(Generic[Array]):
 
     def __init__(self, numel: SupportsIndex, max_votes: SupportsIndex, ternary: bool = False) -> None:
         op = "VoteTally"
-        self.numel = to_integer(op, "numel", numel, 0, 2**63 - 1)
+        self.numel = to_numel(op, numel)
         self.max_votes = to_integer(op, "max_votes", max_votes, 1, _MAX_VOTES)
         self.ternary = ternary
         self.num_votes = 0
@@ -59,7 +68,7 @@ class VoteTally(Generic[Array]):
         # is num_votes + lead.
         self._counted_per_vote = 2 if ternary else 1
         num_planes = (self._counted_per_vote * self.max_votes).bit_length()
-        self._planes = np.zeros((num_planes, (self.numel + 31) // 32), np.uint32)
+        self._planes = np.zeros((num_planes, words_for(self.numel)), np.uint32)
         self._like: Array | None = None
 
     @property

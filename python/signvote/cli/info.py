@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import signvote
 from signvote.cuda import BUILD_COMMAND, cuda_available, find_module
-from signvote.ops import default_implementation
+from signvote.implementation import default_implementation
 
 
 def add_parser(commands: Any) -> None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 import signvote
 from signvote.cli.demo.settings import CONTEXT, SEQUENCES, WARMUP, Settings
 from signvote.cli.demo.train import Result
-from signvote.ops import default_implementation
+from signvote.implementation import default_implementation
 
 LABELS = {"vote": "majority vote", "adamw": "AdamW, fp32", "sgd": "SGD, fp32"}
 
