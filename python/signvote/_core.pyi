@@ -1,168 +1,110 @@
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeAlias
 
 from numpy.typing import NDArray
 
+_Array: TypeAlias = NDArray[Any]
+_Rows: TypeAlias = _Array | list[_Array]
+_Int: TypeAlias = SupportsIndex
+_Counts: TypeAlias = tuple[int, int]
+_Coefficients: TypeAlias = tuple[float, float, float, float]
+
 def implementations() -> list[str]: ...
-def mix(x: SupportsIndex) -> int: ...
+def mix(x: _Int) -> int: ...
 def pack_signs(
-    x: NDArray[Any],
-    dtype: str,
-    zeros: str,
-    seed: SupportsIndex,
-    out: NDArray[Any],
-    implementation: str,
-    num_threads: SupportsIndex = 1,
-) -> tuple[int, int]: ...
+    x: _Array, dtype: str, zeros: str, seed: _Int, out: _Array, implementation: str, num_threads: _Int = 1
+) -> _Counts: ...
 def pack_momentum(
-    x: NDArray[Any],
+    x: _Array,
     dtype: str,
-    momentum: NDArray[Any],
-    coefficients: tuple[float, float, float, float],
+    momentum: _Array,
+    coefficients: _Coefficients,
     zeros: str,
-    seed: SupportsIndex,
-    out: NDArray[Any],
+    seed: _Int,
+    out: _Array,
     implementation: str,
-    num_threads: SupportsIndex = 1,
-) -> tuple[int, int]: ...
-def has_nonfinite(x: NDArray[Any], dtype: str, implementation: str, num_threads: SupportsIndex = 1) -> bool: ...
+    num_threads: _Int = 1,
+) -> _Counts: ...
+def has_nonfinite(x: _Array, dtype: str, implementation: str, num_threads: _Int = 1) -> bool: ...
 def majority_vote(
-    rows: NDArray[Any] | list[NDArray[Any]],
-    numel: SupportsIndex | None,
-    ties: str,
-    seed: SupportsIndex,
-    out: NDArray[Any],
-    implementation: str,
-    num_threads: SupportsIndex = 1,
+    rows: _Rows, numel: _Int | None, ties: str, seed: _Int, out: _Array, implementation: str, num_threads: _Int = 1
 ) -> int: ...
 def unpack_signs(
-    words: NDArray[Any],
-    numel: SupportsIndex,
-    dtype: str,
-    positive: int,
-    out: NDArray[Any],
-    implementation: str,
-    num_threads: SupportsIndex = 1,
+    words: _Array, numel: _Int, dtype: str, positive: int, out: _Array, implementation: str, num_threads: _Int = 1
 ) -> None: ...
 def pack_runs(
-    bucket: NDArray[Any],
+    bucket: _Array,
     dtype: str,
-    momentum: NDArray[Any] | None,
-    coefficients: tuple[float, float, float, float],
-    runs: NDArray[Any],
+    momentum: _Array | None,
+    coefficients: _Coefficients,
+    runs: _Array,
     zeros: str,
-    seed: SupportsIndex,
-    out: NDArray[Any],
+    seed: _Int,
+    out: _Array,
     implementation: str,
-    num_threads: SupportsIndex = 1,
-) -> tuple[int, int]: ...
+    num_threads: _Int = 1,
+) -> _Counts: ...
 def vote_runs(
-    rows: NDArray[Any] | list[NDArray[Any]],
-    runs: NDArray[Any],
-    ties: str,
-    seed: SupportsIndex,
-    out: NDArray[Any],
-    implementation: str,
-    num_threads: SupportsIndex = 1,
+    rows: _Rows, runs: _Array, ties: str, seed: _Int, out: _Array, implementation: str, num_threads: _Int = 1
 ) -> int: ...
 def unpack_runs(
-    words: NDArray[Any],
-    runs: NDArray[Any],
-    dtype: str,
-    positive: int,
-    bucket: NDArray[Any],
-    implementation: str,
-    num_threads: SupportsIndex = 1,
+    words: _Array, runs: _Array, dtype: str, positive: int, bucket: _Array, implementation: str, num_threads: _Int = 1
 ) -> None: ...
 def pack_ternary(
-    x: NDArray[Any],
-    dtype: str,
-    limit: int,
-    out: NDArray[Any],
-    implementation: str,
-    num_threads: SupportsIndex = 1,
-) -> tuple[int, int]: ...
+    x: _Array, dtype: str, limit: int, out: _Array, implementation: str, num_threads: _Int = 1
+) -> _Counts: ...
 def majority_vote_ternary(
-    rows: NDArray[Any] | list[NDArray[Any]],
-    numel: SupportsIndex | None,
-    quorum: SupportsIndex,
-    out: NDArray[Any],
-    implementation: str,
-    num_threads: SupportsIndex = 1,
+    rows: _Rows, numel: _Int | None, quorum: _Int, out: _Array, implementation: str, num_threads: _Int = 1
 ) -> int: ...
 def unpack_ternary(
-    planes: NDArray[Any],
-    numel: SupportsIndex,
-    dtype: str,
-    positive: int,
-    out: NDArray[Any],
-    implementation: str,
-    num_threads: SupportsIndex = 1,
+    planes: _Array, numel: _Int, dtype: str, positive: int, out: _Array, implementation: str, num_threads: _Int = 1
 ) -> None: ...
 def pack_ternary_runs(
-    bucket: NDArray[Any],
+    bucket: _Array,
     dtype: str,
     limit: int,
-    runs: NDArray[Any],
-    stride: SupportsIndex,
-    out: NDArray[Any],
+    runs: _Array,
+    stride: _Int,
+    out: _Array,
     implementation: str,
-    num_threads: SupportsIndex = 1,
-) -> tuple[int, int]: ...
+    num_threads: _Int = 1,
+) -> _Counts: ...
 def vote_ternary_runs(
-    rows: NDArray[Any] | list[NDArray[Any]],
-    runs: NDArray[Any],
-    stride: SupportsIndex,
-    quorum: SupportsIndex,
-    out: NDArray[Any],
-    implementation: str,
-    num_threads: SupportsIndex = 1,
+    rows: _Rows, runs: _Array, stride: _Int, quorum: _Int, out: _Array, implementation: str, num_threads: _Int = 1
 ) -> int: ...
 def unpack_ternary_runs(
-    words: NDArray[Any],
-    runs: NDArray[Any],
-    stride: SupportsIndex,
+    words: _Array,
+    runs: _Array,
+    stride: _Int,
     dtype: str,
     positive: int,
-    bucket: NDArray[Any],
+    bucket: _Array,
     implementation: str,
-    num_threads: SupportsIndex = 1,
+    num_threads: _Int = 1,
 ) -> None: ...
-def check_runs(op: str, runs: NDArray[Any], num_coordinates: SupportsIndex, num_words: SupportsIndex) -> None: ...
-def tally_add(
-    planes: NDArray[Any],
-    words: NDArray[Any],
-    weight: SupportsIndex,
-    implementation: str,
-    num_threads: SupportsIndex = 1,
-) -> None: ...
+def check_runs(op: str, runs: _Array, num_coordinates: _Int, num_words: _Int) -> None: ...
+def tally_add(planes: _Array, words: _Array, weight: _Int, implementation: str, num_threads: _Int = 1) -> None: ...
 def tally_add_ternary(
-    planes: NDArray[Any],
-    words: NDArray[Any],
-    weight: SupportsIndex,
-    implementation: str,
-    num_threads: SupportsIndex = 1,
+    planes: _Array, words: _Array, weight: _Int, implementation: str, num_threads: _Int = 1
 ) -> None: ...
-def tally_merge(
-    planes: NDArray[Any], others: NDArray[Any], implementation: str, num_threads: SupportsIndex = 1
-) -> None: ...
+def tally_merge(planes: _Array, others: _Array, implementation: str, num_threads: _Int = 1) -> None: ...
 def tally_decide(
-    planes: NDArray[Any],
-    num_votes: SupportsIndex,
-    numel_or_runs: SupportsIndex | NDArray[Any],
+    planes: _Array,
+    num_votes: _Int,
+    numel_or_runs: _Int | _Array,
     ties: str,
-    seed: SupportsIndex,
-    out: NDArray[Any],
+    seed: _Int,
+    out: _Array,
     implementation: str,
-    num_threads: SupportsIndex = 1,
+    num_threads: _Int = 1,
 ) -> int: ...
 def tally_decide_ternary(
-    planes: NDArray[Any],
-    num_votes: SupportsIndex,
-    quorum: SupportsIndex,
-    numel_or_runs: SupportsIndex | NDArray[Any],
-    stride: SupportsIndex,
-    out: NDArray[Any],
+    planes: _Array,
+    num_votes: _Int,
+    quorum: _Int,
+    numel_or_runs: _Int | _Array,
+    stride: _Int,
+    out: _Array,
     implementation: str,
-    num_threads: SupportsIndex = 1,
+    num_threads: _Int = 1,
 ) -> int: ...
-def tally_counts(planes: NDArray[Any], numel: SupportsIndex, out: NDArray[Any]) -> None: ...
+def tally_counts(planes: _Array, numel: _Int, out: _Array) -> None: ...
