@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import signvote
-from samples import without_memory
+from bad_input import check_tensors_without_memory
 from signvote import arguments, cuda, cuda_runs, ops
 
 LION = (0.9, 0.1, 0.99, 0.01)
@@ -184,29 +184,7 @@ def test_errors(
 
 
 def test_tensors_without_memory(device: torch.device) -> None:
-    ones, words = torch.ones(100, device=device), torch.zeros(4, dtype=torch.int32, device=device)
-    message = r"is a \w*Tensor without memory of its own, expected a plain tensor$"
-    for x in without_memory(torch.float32, 100, device):
-        with pytest.raises(ValueError, match="^pack_signs: x " + message):
-            signvote.pack_signs(x)
-        with pytest.raises(ValueError, match="^has_nonfinite: x " + message):
-            signvote.has_nonfinite(x)
-        with pytest.raises(ValueError, match="^pack_momentum: momentum " + message):
-            ops.pack_momentum(ones, x, coefficients=LION)
-        with pytest.raises(ValueError, match="^unpack_signs: out " + message):
-            signvote.unpack_signs(words, 100, out=x)
-    for words_of_none in without_memory(torch.int32, 4, device):
-        with pytest.raises(ValueError, match="^pack_signs: out " + message):
-            signvote.pack_signs(ones, out=words_of_none)
-        with pytest.raises(ValueError, match=r"^majority_vote: stack\[1\] " + message):
-            signvote.majority_vote([words, words_of_none])
-        with pytest.raises(ValueError, match="^unpack_signs: words " + message):
-            signvote.unpack_signs(words_of_none, 100)
-        with pytest.raises(ValueError, match="^unpack_ternary: planes " + message):
-            signvote.unpack_ternary(words_of_none, 100)
-    empty = torch.empty(0, device=device)
-    assert signvote.pack_signs(empty).shape == (0,)
-    assert not signvote.has_nonfinite(empty)
+    check_tensors_without_memory(device)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,87 +11,24 @@ import pytest
 import torch
 
 import signvote
-from samples import without_memory
-from signvote import _core, ops, runs
-
-SENTINEL = 0x5A5A5A5A
-X = torch.linspace(-1, 1, 100)
-NX = X.numpy()
-W = signvote.pack_signs(X)
-NW = signvote.pack_signs(NX)
-NEGATIVE: torch.Tensor = torch._neg_view(torch.ones(100))
-HALF = (0.5, 0.5, 0.5, 0.5)
-
-
-def words(numel: int = 4) -> torch.Tensor:
-    return torch.full((numel,), SENTINEL, dtype=torch.int32)
-
-
-def numpy_words(numel: int = 4) -> Any:
-    return np.full(numel, SENTINEL, np.uint32)
-
-
-def read_only(array: Any) -> Any:
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def misaligned(array: Any) -> Any:
-    memory = np.zeros(array.nbytes + 1, np.uint8)
-    view = memory[1:].view(array.dtype)
-    view[:] = array
-    return view
-
-
-def check(call: Callable[[Any], object], out: Any, error: type[Exception], message: str) -> None:
-    before = out.tobytes() if isinstance(out, np.ndarray) else bytes(out.untyped_storage())
-    with pytest.raises(error, match="^" + re.escape(message)):
-        call(out)
-    after = out.tobytes() if isinstance(out, np.ndarray) else bytes(out.untyped_storage())
-    assert before == after
-
-
-def quietly(make: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Without torch's warnings about kinds of tensors that it calls deprecated or beta."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make()
-
-
-def described(*cases: tuple[Any, type[Exception], str]) -> list[Any]:
-    """Cases with their message for a name."""
-    return [pytest.param(*case, id=case[-1].split(",")[0]) for case in cases]
-
-
-COORDINATES = described(
-    (X.int(), TypeError, "x is torch.int32, expected float32, float64, float16 or bfloat16"),
-    (X > 0, TypeError, "x is torch.bool, expected float32"),
-    (X.to(torch.complex64), TypeError, "x is torch.complex64, expected float32"),
-    (quietly(lambda: torch.quantize_per_tensor(X, 1, 0, torch.qint8)), TypeError, "x is torch.qint8, expected float32"),
-    (X.to(torch.float8_e5m2), TypeError, "x is torch.float8_e5m2, expected float32"),
-    (X.to_sparse(), ValueError, "x has layout torch.sparse_coo, expected a dense tensor; x.to_dense() makes one"),
-    (quietly(X.reshape(10, 10).to_sparse_csr), ValueError, "x has layout torch.sparse_csr, expected a dense tensor"),
-    (X.to("meta"), ValueError, "x is on device meta, expected cpu"),
-    (X.reshape(10, 10).T, ValueError, "x is not contiguous, expected a C-contiguous array; numpy.ascontiguousarray"),
-    (X[::2], ValueError, "x is not contiguous"),
-    (X[:1].expand(100), ValueError, "x is not contiguous"),
-    (NEGATIVE, ValueError, "x has its negative bit set, expected a plain tensor; x.resolve_neg() makes one"),
-    (torch.zeros(5, dtype=torch.complex64).conj().imag, ValueError, "x has its negative bit set"),
-    (NX.astype(np.int64), TypeError, "x is int64, expected float32"),
-    (NX > 0, TypeError, "x is bool, expected float32"),
-    (NX.astype(np.complex64), TypeError, "x is complex64, expected float32"),
-    (NX.astype(np.longdouble), TypeError, f"x is {np.dtype(np.longdouble)}, expected float32"),
-    (NX.astype(">f4"), TypeError, "x is >f4, expected float32"),
-    (NX.astype(object), TypeError, "x is object, expected float32"),
-    (np.asfortranarray(NX.reshape(10, 10)), ValueError, "x is not contiguous"),
-    (NX[::-1], ValueError, "x is not contiguous"),
-    (misaligned(NX), ValueError, "x is not aligned, expected an address that is a multiple of 4"),
-    ([1.0, 2.0], TypeError, "x is a list, expected a NumPy array or a torch tensor"),
-    (1.0, TypeError, "x is a float, expected a NumPy array or a torch tensor"),
-    (np.float32(1.0), TypeError, "x is a float32, expected a NumPy array or a torch tensor"),
-    (None, TypeError, "x is a NoneType, expected a NumPy array or a torch tensor"),
+from bad_input import (
+    COORDINATES,
+    HALF,
+    NW,
+    NX,
+    SENTINEL,
+    W,
+    X,
+    check,
+    check_tensors_without_memory,
+    described,
+    misaligned,
+    numpy_words,
+    read_only,
+    row,
+    words,
 )
+from signvote import _core, ops, runs
 
 
 @pytest.mark.parametrize(("x", "error", "message"), COORDINATES)
@@ -113,26 +48,7 @@ def test_coordinates(x: Any, error: type[Exception], message: str) -> None:
 
 
 def test_tensors_without_memory() -> None:
-    message = r"is a \w*Tensor without memory of its own, expected a plain tensor$"
-    for x in without_memory(torch.float32, 100):
-        with pytest.raises(ValueError, match="^pack_signs: x " + message):
-            signvote.pack_signs(x)
-        with pytest.raises(ValueError, match="^has_nonfinite: x " + message):
-            signvote.has_nonfinite(x)
-        with pytest.raises(ValueError, match="^pack_momentum: momentum " + message):
-            ops.pack_momentum(X, x, coefficients=HALF)
-        with pytest.raises(ValueError, match="^unpack_signs: out " + message):
-            signvote.unpack_signs(W, 100, out=x)
-    for words_of_none in without_memory(torch.int32, 4):
-        with pytest.raises(ValueError, match="^pack_signs: out " + message):
-            signvote.pack_signs(X, out=words_of_none)
-        with pytest.raises(ValueError, match=r"^majority_vote: stack\[1\] " + message):
-            signvote.majority_vote([W, words_of_none])
-        with pytest.raises(ValueError, match="^unpack_signs: words " + message):
-            signvote.unpack_signs(words_of_none, 100)
-    empty = torch.empty(0)
-    assert signvote.pack_signs(empty).shape == (0,)
-    assert not signvote.has_nonfinite(empty)
+    check_tensors_without_memory(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -446,183 +362,6 @@ def test_implementation(name: Any) -> None:
     )
     with pytest.raises(ValueError, match="^has_nonfinite: " + re.escape(rest)):
         signvote.has_nonfinite(X, implementation=name)
-
-
-@pytest.mark.parametrize(
-    ("out", "error", "message"),
-    described(
-        (torch.ones(99), ValueError, "out has 99 coordinates, expected 100"),
-        (torch.ones(200)[::2], ValueError, "out is not contiguous"),
-        (torch.ones(100).int(), TypeError, "out is torch.int32, expected float32, float64, float16 or bfloat16"),
-        (torch.ones(100).double(), TypeError, "out is torch.float64, expected torch.float32"),
-        (torch.ones(100, requires_grad=True), ValueError, "out requires gradients, expected a tensor outside autograd"),
-        (np.ones(100, np.float32), TypeError, "out is a ndarray, expected a torch tensor like the other arguments"),
-        (torch.ones(100, device="meta"), ValueError, "out is on device meta, expected cpu"),
-        (NEGATIVE, ValueError, "out has its negative bit set"),
-    ),
-)
-def test_coordinates_out(out: Any, error: type[Exception], message: str) -> None:
-    dtype = torch.float32 if "float64" in message.split(",")[0] else None
-    with pytest.raises(error, match="^unpack_signs: " + re.escape(message)):
-        signvote.unpack_signs(W, 100, dtype=dtype, out=out)
-    if isinstance(out, np.ndarray) or out.device.type == "cpu":
-        assert (abs(out) == 1).all()
-
-
-def test_read_only_coordinates_out() -> None:
-    check(
-        lambda out: signvote.unpack_signs(NW, 100, out=read_only(out)),
-        np.ones(100, np.float32),
-        ValueError,
-        "unpack_signs: out is read-only, expected a writable array",
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, "float8", "int32", np.float32, torch.complex64, 3])
-def test_dtype_of_torch(dtype: Any) -> None:
-    with pytest.raises(TypeError, match=r"^unpack_signs: dtype is .*, expected torch's float32"):
-        signvote.unpack_signs(W, 100, dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", [np.int32, "float8", ">f4", torch.float32, 3])
-def test_dtype_of_numpy(dtype: Any) -> None:
-    with pytest.raises(TypeError, match=r"^unpack_signs: dtype is .*, expected NumPy's float32"):
-        signvote.unpack_signs(NW, 100, dtype=dtype)
-
-
-@pytest.mark.parametrize(
-    ("scale", "dtype"),
-    [
-        (float("nan"), "float32"),
-        (float("inf"), "float64"),
-        (1e39, "float32"),
-        (65520.0, "float16"),
-        (3.4e38, "bfloat16"),
-        (1e39, "bfloat16"),
-    ],
-)
-def test_scale_that_the_dtype_does_not_hold(scale: float, dtype: str) -> None:
-    with pytest.raises(ValueError, match=rf"^unpack_signs: scale is .*, expected a number that is finite in {dtype}"):
-        signvote.unpack_signs(W, 100, dtype=dtype, scale=scale)
-
-
-@pytest.mark.parametrize("scale", ["large", None])
-def test_scale_that_is_no_number(scale: Any) -> None:
-    check(
-        lambda out: signvote.unpack_signs(W, 100, scale=scale, out=out),
-        torch.ones(100),
-        TypeError,
-        f"unpack_signs: scale is {scale!r}, expected a number",
-    )
-
-
-def row(place: int = 0, first: int = 0, numel: int = 100, coordinate: int = 0, word: int = 0) -> Any:
-    return np.array([[place, first, numel, coordinate, word]])
-
-
-@pytest.mark.parametrize(
-    ("table", "error", "message"),
-    described(
-        (row(place=-1), ValueError, "runs has place -1 in row 0, expected 0 or more"),
-        (row(first=-64), ValueError, "runs has first -64 in row 0, expected a multiple of 64"),
-        (row(first=32), ValueError, "runs has first 32 in row 0, expected a multiple of 64"),
-        (row(numel=-1), ValueError, "runs has numel -1 in row 0, expected 0 or more"),
-        (row(word=-1), ValueError, "runs has word -1 and numel 100 in row 0, expected a range within 4 words"),
-        (row(word=1), ValueError, "runs has word 1 and numel 100 in row 0, expected a range within 4 words"),
-        (row(word=2**62), ValueError, "runs has word 4611686018427387904 and numel 100 in row 0, expected a range"),
-        (row(word=5, numel=0), ValueError, "runs has word 5 and numel 0 in row 0, expected a range within 4 words"),
-        (np.zeros((1, 4), np.int64), ValueError, "runs has shape (1, 4), expected (n, 5)"),
-        (np.zeros(5, np.int64), ValueError, "runs has shape (5,), expected (n, 5)"),
-        (np.zeros((1, 5), np.int32), TypeError, "runs is dtype('int32'), expected int64"),
-        (np.zeros((1, 5)), TypeError, "runs is dtype('float64'), expected int64"),
-        (np.zeros((4, 5), np.int64)[::2], ValueError, "runs is not contiguous"),
-        (np.zeros((5, 2), np.int64).T, ValueError, "runs is not contiguous"),
-    ),
-)
-def test_runs(table: Any, error: type[Exception], message: str) -> None:
-    def pack(out: torch.Tensor) -> object:
-        return runs.pack_runs(X, None, HALF, table, out, zeros="coin", seed=0)
-
-    def vote(out: torch.Tensor) -> object:
-        return runs.vote_runs(torch.stack([W, W]), table, out, ties="coin", seed=0)
-
-    def unpack(bucket: torch.Tensor) -> None:
-        runs.unpack_runs(W, table, bucket)
-
-    for op, call, out in (
-        ("pack_runs", pack, words()),
-        ("vote_runs", vote, words()),
-        ("unpack_runs", unpack, torch.ones(100)),
-    ):
-        check(call, out, error, f"{op}: {message}")
-
-
-@pytest.mark.parametrize(("coordinate", "numel"), [(-1, 10), (91, 10), (101, 0), (2**63 - 1, 10), (0, 101), (1, 100)])
-def test_coordinates_of_runs(coordinate: int, numel: int) -> None:
-    table = row(coordinate=coordinate, numel=numel)
-    message = f"runs has coordinate {coordinate} and numel {numel} in row 0, expected a range within 100 coordinates"
-    check(
-        lambda out: runs.pack_runs(X, None, HALF, table, out, zeros="coin", seed=0),
-        words(),
-        ValueError,
-        f"pack_runs: {message}",
-    )
-    check(lambda out: runs.unpack_runs(W, table, out), torch.ones(100), ValueError, f"unpack_runs: {message}")
-
-
-def test_sizes_and_overlap_of_runs() -> None:
-    table = row()
-    stack = torch.stack([W, W])
-    momentum = torch.ones(99)
-    check(
-        lambda out: runs.pack_runs(X, momentum, HALF, table, out, zeros="coin", seed=0),
-        words(),
-        ValueError,
-        "pack_runs: momentum has 99 coordinates, expected 100",
-    )
-    check(
-        lambda out: runs.pack_runs(X, torch.ones(100).double(), HALF, table, out, zeros="coin", seed=0),
-        words(),
-        TypeError,
-        "pack_runs: momentum is dtype('float64'), expected float32",
-    )
-    check(
-        lambda out: runs.vote_runs(stack, table, out, ties="coin", seed=0),
-        words(5),
-        ValueError,
-        "vote_runs: out has 5 words, expected 4",
-    )
-    check(
-        lambda out: runs.vote_runs(stack, table, out, ties="coin", seed=0),
-        stack[1],
-        ValueError,
-        "vote_runs: out overlaps rows, expected memory of its own",
-    )
-    check(
-        lambda out: runs.unpack_runs(W, table, out, scale=float("nan")),
-        torch.ones(100),
-        ValueError,
-        "unpack_runs: scale is nan, expected a number that is finite in float32",
-    )
-    memory = torch.ones(104)
-    check(
-        lambda out: runs.unpack_runs(memory[:4].view(torch.int32), table, out),
-        memory[2:102],
-        ValueError,
-        "unpack_runs: bucket overlaps words, expected memory of its own",
-    )
-    check(
-        lambda out: runs.pack_runs(memory[:100], None, HALF, table, out, zeros="coin", seed=0),
-        memory[98:102].view(torch.int32),
-        ValueError,
-        "pack_runs: out overlaps bucket, expected memory of its own",
-    )
-    check(
-        lambda out: runs.vote_runs(stack, out.numpy().view(np.int64).reshape(2, 5), out[:4], ties="coin", seed=0),
-        torch.zeros(20, dtype=torch.int32),
-        ValueError,
-        "vote_runs: runs overlaps out, expected memory of its own",
-    )
 
 
 @pytest.mark.parametrize(

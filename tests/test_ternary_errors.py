@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import signvote
+from bad_input import COORDINATES, NX, SENTINEL, X, check, described, misaligned, read_only, row
 from signvote import VoteTally, _core, runs
-from test_ops_errors import COORDINATES, NX, SENTINEL, X, check, described, misaligned, read_only, row
 
 PLANES = signvote.pack_ternary(X)
 STACK = torch.stack([PLANES, PLANES])
