@@ -9,7 +9,10 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/array.h"
 #include "bindings/ops.h"
+#include "bindings/rows.h"
+#include "bindings/runs_argument.h"
 #include "cpu/dispatch.h"
 #include "kernels.h"
 #include "runs.h"
@@ -114,7 +117,7 @@ struct Cpu {
 // A (P, W) array of counter planes.
 CounterPlanes to_counters(const Argument& argument, const Array& array, Access access) {
   check_words_dtype(argument, array);
-  if (array.ndim != 2) argument.value_error("has " + std::to_string(array.ndim) + " dimensions", "2");
+  check_ndim(argument, array, 2);
   const Span span = to_span(argument, array, 4, access);
   const size_t num_planes = array.shape[0];
   if (num_planes < 1 || num_planes > signvote::kMaxCounterPlanes) {
@@ -130,10 +133,7 @@ Span span_of(const CounterPlanes& counters) {
 
 size_t to_numel_of(const char* op, py::handle object, const CounterPlanes& counters) {
   const size_t numel = to_size(op, "numel", object);
-  if (num_words(numel) != counters.width) {
-    Argument{op, "planes"}.value_error("has " + std::to_string(counters.width) + " words in a plane",
-                                       std::to_string(num_words(numel)) + " for numel " + std::to_string(numel));
-  }
+  check_width({op, "planes"}, counters.width, "plane", numel);
   return numel;
 }
 
@@ -188,9 +188,8 @@ void tally_merge(const Array& planes_array, const Array& others_array, py::handl
   const CounterPlanes counters = to_counters(planes_argument, planes_array, Access::kWrite);
   const CounterPlanes others = to_counters(others_argument, others_array, Access::kRead);
   if (others.width != counters.width || others.num_planes > counters.num_planes) {
-    others_argument.value_error(
-        "has shape " + std::string(py::repr(others_array.object.attr("shape"))),
-        "at most " + std::to_string(counters.num_planes) + " planes of " + std::to_string(counters.width) + " words");
+    const std::string largest = std::to_string(counters.num_planes) + " planes of " + std::to_string(counters.width);
+    others_argument.value_error(has_shape(others_array), "at most " + largest + " words");
   }
   check_apart(planes_argument, span_of(counters), "others", span_of(others));
   py::gil_scoped_release release;

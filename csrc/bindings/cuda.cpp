@@ -13,7 +13,9 @@
 #include <vector>
 
 #include "bindings/arguments.h"
+#include "bindings/array.h"
 #include "bindings/ops.h"
+#include "bindings/rows.h"
 #include "cuda/kernels.h"
 #include "kernels.h"
 
@@ -93,9 +95,7 @@ class Stream {
       : Stream(op, counts, device, stream) {
     const Argument argument{op, "pieces"};
     pieces_ = to_int64(argument, pieces, Access::kRead);
-    if (pieces.ndim != 2 || pieces.shape[1] != 5) {
-      argument.value_error("has shape " + std::string(py::repr(pieces.object.attr("shape"))), "(n, 5)");
-    }
+    if (pieces.ndim != 2 || pieces.shape[1] != 5) argument.value_error(has_shape(pieces), "(n, 5)");
   }
 
   void pack_signs(const Coordinates& x, const Seeded& work, Undecided zeros, const Span& words) const {

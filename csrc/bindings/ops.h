@@ -7,6 +7,8 @@
 #include <optional>
 
 #include "bindings/arguments.h"
+#include "bindings/rows.h"
+#include "bindings/runs_argument.h"
 #include "kernels.h"
 #include "run.h"
 
@@ -83,12 +85,10 @@ auto majority_vote(const py::object& stack, py::handle numel_object, py::handle 
   const char* op = "majority_vote";
   const Target target(op, target_arguments...);
   const Undecided ties = to_undecided(op, "ties", ties_name);
-  const Rows rows = to_rows({op, "stack"}, stack, Target::kTakesLists);
+  const Argument stack_argument{op, "stack"};
+  const Rows rows = to_rows(stack_argument, stack, Target::kTakesLists);
   const size_t numel = numel_object.is_none() ? rows.width * 32 : to_size(op, "numel", numel_object);
-  if (num_words(numel) != rows.width) {
-    Argument{op, "stack"}.value_error("has " + std::to_string(rows.width) + " words in a row",
-                                      std::to_string(num_words(numel)) + " for numel " + std::to_string(numel));
-  }
+  check_width(stack_argument, rows.width, "row", numel);
   const Run whole = whole_run(numel);
   const Seeded work{{&whole, 1}, coins_of_array, to_uint64(op, "seed", seed)};
   const Argument out_argument{op, "out"};
@@ -203,10 +203,7 @@ auto majority_vote_ternary(const py::object& stack, py::handle numel_object, py:
   const Argument stack_argument{op, "stack"};
   const Ballots ballots = to_ballots(stack_argument, stack, Target::kTakesLists);
   const size_t numel = numel_object.is_none() ? ballots.width * 32 : to_size(op, "numel", numel_object);
-  if (num_words(numel) != ballots.width) {
-    stack_argument.value_error("has " + std::to_string(ballots.width) + " words in a plane",
-                               std::to_string(num_words(numel)) + " for numel " + std::to_string(numel));
-  }
+  check_width(stack_argument, ballots.width, "plane", numel);
   const uint64_t quorum = to_quorum(op, quorum_object);
   const Argument out_argument{op, "out"};
   const auto result = to_written_ternary(out_argument, out, ballots.width);
