@@ -20,6 +20,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import signvote
 from signvote.optim import SignSGD, Signum
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ _STEPS, _GRADIENTS = 8, 4
 # A gradient in bfloat16 is this close to the scale that was asked for.
 _TOLERANCE = 0.01
 # Code whose caller is to be told: torch's, and signvote's.
-_INSIDE = tuple(os.path.join(os.path.dirname(inspect.getfile(of)), "") for of in (torch, SignSGD))
+_INSIDE = tuple(os.path.join(os.path.dirname(inspect.getfile(of)), "") for of in (torch, signvote))
 
 
 class AdviceWarning(UserWarning):

@@ -7,19 +7,19 @@ Tolerant" (ICLR 2019).
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from decimal import Decimal, localcontext
 from itertools import chain
 from numbers import Real
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from signvote.optim.noise import noise_streams, normal_noise
+from signvote.optim.warmup import signum_warmup_steps
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT, StateDict
@@ -31,6 +31,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 class _SignOptimizer(Optimizer):
     """What SignSGD and Signum share: everything but the momentum."""
+
+    def __init__(self, params: ParamsT, **options: Any) -> None:
+        super().__init__(params, {**options, "noise_steps": 0})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -101,7 +104,7 @@ class _SignOptimizer(Optimizer):
         """Step with ``group``, whose parameters are the optimizer's from number ``first`` on."""
         streams = None
         if group["noise"] != 0:
-            numbers = _streams(group["seed"], group["noise_steps"], first, len(group["params"]))
+            numbers = noise_streams(group["seed"], group["noise_steps"], first, len(group["params"]))
             streams = dict(zip(group["params"], numbers, strict=True))
             group["noise_steps"] += 1
         params = [p for p in group["params"] if p.grad is not None]
@@ -199,16 +202,9 @@ class SignSGD(_SignOptimizer):
         noise: float = 0.0,
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "noise": noise,
-            "seed": seed,
-            "noise_steps": 0,
-        }
-        super().__init__(params, defaults)
+        super().__init__(
+            params, lr=lr, weight_decay=weight_decay, maximize=maximize, foreach=foreach, noise=noise, seed=seed
+        )
 
 
 class Signum(_SignOptimizer):
@@ -280,17 +276,16 @@ class Signum(_SignOptimizer):
         noise: float = 0.0,
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "noise": noise,
-            "seed": seed,
-            "noise_steps": 0,
-        }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            foreach=foreach,
+            noise=noise,
+            seed=seed,
+        )
 
     def _momenta(self, params: list[Tensor]) -> list[Tensor]:
         for p in params:
@@ -350,7 +345,8 @@ def _single_tensor_step(
         if streams is None:
             p.add_(signs, alpha=lr if maximize else -lr)
         else:
-            p.sub_(_normal(p, streams[p]).mul_(group["noise"]).add_(signs, alpha=-1 if maximize else 1).mul_(lr))
+            update = normal_noise(p, _momentum_dtype(p), streams[p]).mul_(group["noise"])
+            p.sub_(update.add_(signs, alpha=-1 if maximize else 1).mul_(lr))
 
 
 def _multi_tensor_step(
@@ -372,104 +368,8 @@ def _multi_tensor_step(
     if streams is None:
         torch._foreach_add_(params, signs, alpha=lr if maximize else -lr)
     else:
-        updates = [_normal(p, streams[p]) for p in params]
+        updates = [normal_noise(p, _momentum_dtype(p), streams[p]) for p in params]
         torch._foreach_mul_(updates, group["noise"])
         torch._foreach_add_(updates, signs, alpha=-1 if maximize else 1)
         torch._foreach_mul_(updates, lr)
         torch._foreach_sub_(params, updates)
-
-
-# -- Noise ------------------------------------------------------------------------------------------------------------
-# Integers and a table: torch.randn gives other bits on another kind of CPU, and other numbers on a GPU.
-
-
-def _normal(p: Tensor, stream: int) -> Tensor:
-    """Normal noise in the shape of p: 16-bit digit i % 4 of mix(stream + i // 4) is the number of i's quantile."""
-    words = torch.arange(-(-p.numel() // 4), dtype=torch.int64, device=p.device).add_(stream)
-    digits = _mix_(words).view(torch.int16)[: p.numel()].to(torch.int32).bitwise_and_(0xFFFF)
-    return _quantiles(p.device, _momentum_dtype(p)).index_select(0, digits).view(p.shape)
-
-
-def _streams(seed: int, step: int, first: int, count: int) -> list[int]:
-    """mix(mix(mix(seed) + step) + i) for i = first, first + 1, ..."""
-    start = _mix_(torch.tensor([seed - 2**64 if seed >= 2**63 else seed])).add_(step)
-    numbers: list[int] = _mix_(_mix_(start) + torch.arange(first, first + count)).tolist()
-    return numbers
-
-
-def _mix_(x: Tensor) -> Tensor:
-    """One step of splitmix64 in place, for int64 taken as unsigned."""
-    x.add_(0x9E3779B97F4A7C15 - 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
-        x.bitwise_xor_((x >> shift).bitwise_and_(2 ** (64 - shift) - 1)).mul_(factor)
-    return x.bitwise_xor_((x >> 31).bitwise_and_(2**33 - 1))
-
-
-@functools.cache
-def _quantiles(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Those of the normal distribution at (k + 1/2) / 65536, as float32 numbers: no rounding of a logarithm shows."""
-    lower = [NormalDist().inv_cdf((k + 0.5) / 65536) for k in range(32768)]
-    return torch.tensor([*lower, *(-x for x in reversed(lower))], dtype=torch.float32).to(device, dtype)
-
-
-def signum_warmup_steps(beta: float) -> int:
-    r"""The warm-up of Signum for momentum ``beta``: the constant :math:`C(\beta)` of Theorem 3 in `signSGD\:
-    Compressed Optimisation for Non-Convex Problems`_.
-
-    It is the smallest positive integer C with
-
-    .. math::
-        \frac{C}{2} \beta^C \le \frac{1}{1 - \beta^2} \frac{1}{C + 1}
-        \quad \text{and} \quad \beta^{C + 1} \le \frac{1}{2}
-
-    During the first C steps the momentum accumulates as ever, and the step is the sign of the gradient, as the
-    momentum is still biased towards its start at 0.
-
-    Args:
-        beta (float): momentum constant, 0 <= β < 1
-
-    Raises:
-        TypeError: If ``beta`` is not a number.
-        ValueError: If ``beta`` is out of range.
-
-    .. note::
-        The definition is taken at its word. For β from about 0.643 to 0.793 the smallest C, which is 1 or 2, comes
-        before a few larger ones that break the first condition, although the proof asks it of all that follow.
-
-    Example:
-        >>> signvote.optim.signum_warmup_steps(0.9)
-        54
-
-    .. _signSGD\: Compressed Optimisation for Non-Convex Problems:
-        https://arxiv.org/abs/1802.04434
-    """
-    if isinstance(beta, bool) or not isinstance(beta, Real):
-        raise TypeError(f"signum_warmup_steps: beta is a {type(beta).__name__}, expected a float")
-    if not 0 <= float(beta) < 1:
-        raise ValueError(f"signum_warmup_steps: beta is {beta}, expected 0 <= beta < 1")
-    if beta == 0:
-        return 1
-    with localcontext() as context:
-        context.prec = 60  # C may be so large that floats do not tell it from its neighbours
-        exact = Decimal(float(beta))
-        log_beta, log_two, log_rest = exact.ln(), Decimal(2).ln(), (1 - exact * exact).ln()
-
-        def excess(steps: int) -> Decimal:
-            """The logarithm of the first condition's left side over its right."""
-            return (Decimal(steps) * (steps + 1)).ln() - log_two + steps * log_beta + log_rest
-
-        # The second condition holds from here on. C(C+1)β^C grows, then falls for ever, so that if the first
-        # condition does not hold here either, it holds again from one place on, which bisection finds.
-        least = max(1, math.ceil(-log_two / log_beta) - 1)
-        if excess(least) <= 0:
-            return least
-        fails, holds = least, 2 * least
-        while excess(holds) > 0:
-            fails, holds = holds, 2 * holds
-        while holds - fails > 1:
-            middle = (fails + holds) // 2
-            if excess(middle) > 0:
-                fails = middle
-            else:
-                holds = middle
-        return holds
