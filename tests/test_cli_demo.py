@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from signvote.cli import main
+from signvote.cli.json_values import finite
 
 DEMO = [sys.executable, "-m", "signvote", "demo"]
 
@@ -56,8 +57,6 @@ def test_json_has_the_options(report: dict[str, Any]) -> None:
 
 
 def test_a_run_that_diverged_leaves_a_file_that_loads() -> None:
-    from signvote.cli.demo.report import finite
-
     report = {"loss": float("nan"), "curve": [1.0, float("inf")], "steps": 3, "name": "vote"}
     assert finite(report) == {"loss": None, "curve": [1.0, None], "steps": 3, "name": "vote"}
 

@@ -17,6 +17,7 @@ import figures_1_2
 import theorems
 import votes
 from signvote.cli.demo.model import Transformer
+from signvote.cli.json_values import finite
 from signvote.diagnostics import density
 from signvote.optim import signum_warmup_steps
 
@@ -36,7 +37,7 @@ def test_each_experiment_runs(experiment: ModuleType) -> None:
     result = experiment.run(True)
     assert result.name == experiment.__name__
     assert result.figure is not None
-    json.dumps(common.finite(result.data), allow_nan=False)
+    json.dumps(finite(result.data), allow_nan=False)
     assert "nan" not in result.markdown
     tables = [list(rows) for some, rows in itertools.groupby(result.markdown.splitlines(), _is_row) if some]
     assert tables

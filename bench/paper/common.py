@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from signvote.cli.bench.machine import machine, usable_cpus, versions
+from signvote.cli.json_values import finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,15 +102,6 @@ def write(result: Result, folder: Path, *, quick: bool, seconds: float) -> list[
     written.append(folder / f"{result.name}.json")
     written[-1].write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
     return written
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for NaN and infinity, which JSON has not."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class MissingPackageError(Exception):

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 import signvote
 from signvote.cli.demo.settings import CONTEXT, SEQUENCES, WARMUP, Settings
 from signvote.cli.demo.train import Result
+from signvote.cli.json_values import finite
 from signvote.implementation import default_implementation
 
 LABELS = {"vote": "majority vote", "adamw": "AdamW, fp32", "sgd": "SGD, fp32"}
@@ -76,15 +76,6 @@ def write_json(path: Path, settings: Settings, results: Sequence[Result]) -> Non
         ],
     }
     path.write_text(json.dumps(finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for NaN and infinity, which JSON has not: a run that diverges leaves a file that loads."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_plot(path: Path, results: Sequence[Result]) -> None:
