@@ -14,6 +14,8 @@ import torch
 import common
 import figure_a1
 import figures_1_2
+import known_noise
+import real_gradient
 import theorems
 import votes
 from signvote.cli.demo.model import Transformer
@@ -140,23 +142,23 @@ def test_binomial_tail(workers: int, q: float) -> None:
     for wrong in itertools.product((0, 1), repeat=workers):
         probability = math.prod(q if one else 1 - q for one in wrong)
         expected += probability * (1.0 if 2 * sum(wrong) > workers else 0.5 if 2 * sum(wrong) == workers else 0.0)
-    assert votes.binomial_tail(workers, q) == pytest.approx(expected)
+    assert known_noise.binomial_tail(workers, q) == pytest.approx(expected)
 
 
 def test_lemma_d1() -> None:
     edge = 2 / math.sqrt(3)
-    assert votes.lemma_d1(edge) == pytest.approx(1 / 6)
-    assert votes.lemma_d1(math.nextafter(edge, 2)) == pytest.approx(1 / 6)
-    assert votes.lemma_d1(0.0) == 0.5
-    assert votes.lemma_d1(2.0) == pytest.approx(1 / 18)
-    for noise, ratio in itertools.product(votes.NOISES, np.linspace(0.01, 4.0, 100)):
-        assert noise.tail(ratio) <= votes.lemma_d1(ratio) * (1 + 1e-12)
-        for workers in votes.WORKERS:
-            assert votes.binomial_tail(workers, noise.tail(ratio)) <= votes.theorem_2b(ratio, workers)
+    assert known_noise.lemma_d1(edge) == pytest.approx(1 / 6)
+    assert known_noise.lemma_d1(math.nextafter(edge, 2)) == pytest.approx(1 / 6)
+    assert known_noise.lemma_d1(0.0) == 0.5
+    assert known_noise.lemma_d1(2.0) == pytest.approx(1 / 18)
+    for noise, ratio in itertools.product(known_noise.NOISES, np.linspace(0.01, 4.0, 100)):
+        assert noise.tail(ratio) <= known_noise.lemma_d1(ratio) * (1 + 1e-12)
+        for workers in known_noise.WORKERS:
+            assert known_noise.binomial_tail(workers, noise.tail(ratio)) <= known_noise.theorem_2b(ratio, workers)
 
 
-@pytest.mark.parametrize("noise", votes.NOISES, ids=lambda noise: noise.name)
-def test_known_noise_has_unit_deviation_and_its_tail(noise: votes.Noise) -> None:
+@pytest.mark.parametrize("noise", known_noise.NOISES, ids=lambda noise: noise.name)
+def test_known_noise_has_unit_deviation_and_its_tail(noise: known_noise.Noise) -> None:
     drawn = noise.draw(np.random.default_rng(0), (100, 2000))
     assert drawn.dtype == np.float32
     assert drawn.mean() == pytest.approx(0.0, abs=0.01)
@@ -166,9 +168,9 @@ def test_known_noise_has_unit_deviation_and_its_tail(noise: votes.Noise) -> None
 
 
 def test_measured_votes_are_binomial_and_skew_hurts() -> None:
-    rates = votes.known_noise(2**11)
-    assert len(rates) == len(votes.NOISES) * len(votes.RATIOS) * len(votes.WORKERS)
-    skewed = votes.skewed_noise(2**11)
+    rates = known_noise.known_noise(2**11)
+    assert len(rates) == len(known_noise.NOISES) * len(known_noise.RATIOS) * len(known_noise.WORKERS)
+    skewed = known_noise.skewed_noise(2**11)
     for one in (*rates, *skewed):
         assert one.measured == pytest.approx(one.exact, abs=5 * one.error), one
     alone, together = (
@@ -180,11 +182,11 @@ def test_measured_votes_are_binomial_and_skew_hurts() -> None:
 
 def test_noise_of_a_voted_gaussian() -> None:
     for ratio in (0.05, 0.7):
-        assert votes.noise_of(NormalDist().cdf(-ratio), ratio) == pytest.approx(1.0)
-        assert votes.noise_of(NormalDist().cdf(-2 * ratio), ratio) == pytest.approx(0.5)
-    assert math.isnan(votes.noise_of(0.0, 1.0))
-    assert math.isnan(votes.noise_of(0.5, 1.0))
-    assert votes.exponent([1 / math.sqrt(workers) for workers in votes.ODD]) == pytest.approx(-0.5)
+        assert real_gradient.noise_of(NormalDist().cdf(-ratio), ratio) == pytest.approx(1.0)
+        assert real_gradient.noise_of(NormalDist().cdf(-2 * ratio), ratio) == pytest.approx(0.5)
+    assert math.isnan(real_gradient.noise_of(0.0, 1.0))
+    assert math.isnan(real_gradient.noise_of(0.5, 1.0))
+    assert real_gradient.exponent([1 / math.sqrt(workers) for workers in known_noise.ODD]) == pytest.approx(-0.5)
 
 
 # -- Figures 1 and 2 --------------------------------------------------------------------------------------------------

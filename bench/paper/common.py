@@ -131,6 +131,12 @@ def extent(values: Sequence[float], digits: int = 3) -> str:
     return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def listed(items: Sequence[object]) -> str:
+    """`1, 2 and 3`."""
+    *first, last = map(str, items)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches; `figure.subplots(rows, columns)` gives its axes."""
     try:

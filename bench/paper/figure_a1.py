@@ -113,8 +113,8 @@ def _verdict(sgd: Sequence[Tuned], sign: Sequence[Tuned]) -> str:
     if ahead == steps:
         finding = "signSGD ends lower at every number of steps, as in the paper."
     elif ahead:
-        behind = [one for one in steps if one not in ahead]
-        finding = f"signSGD ends lower after {_list(ahead)} steps, as in the paper, but not after {_list(behind)}."
+        behind = common.listed([one for one in steps if one not in ahead])
+        finding = f"signSGD ends lower after {common.listed(ahead)} steps, as in the paper, but not after {behind}."
     else:
         finding = "SGD ends as low or lower at every number of steps: this does not confirm the paper."
     agreeing = [
@@ -124,13 +124,9 @@ def _verdict(sgd: Sequence[Tuned], sign: Sequence[Tuned]) -> str:
     ]
     rates = f"{PAPER['SGD']:g} for SGD and {PAPER['signSGD']:g} for signSGD"
     if agreeing:
-        return f"{finding} Of the powers of ten, {rates} are best after {_list(agreeing)} steps, as the paper found."
+        best = common.listed(agreeing)
+        return f"{finding} Of the powers of ten, {rates} are best after {best} steps, as the paper found."
     return f"{finding} The paper's best rates, {rates}, are the best powers of ten at none of these numbers of steps."
-
-
-def _list(numbers: Sequence[int]) -> str:
-    *first, last = map(str, numbers)
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _plot(curves: dict[str, NDArray[np.float64]], tuned: dict[str, list[Tuned]]) -> Figure:
