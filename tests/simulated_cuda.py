@@ -27,16 +27,19 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from signvote import cuda, cuda_runs, runs
+from signvote.ddp import channel
 
 CUDA = torch.device("cuda", 1)
 GARBAGE = 0xA5
 
 # What goes wrong, as errors say it.
 FREED_MEMORY = "memory was written to after it was freed"
+USED_AFTER_FREE = "memory was used after it was freed"
 WRONG_DEVICE = "another device is current"
 NO_TIME = "an event has no time"
 
@@ -52,15 +55,19 @@ class Device:
         self.local = threading.local()
         self.streams: list[Stream] = []
         self.freed: list[torch.Tensor] = []
+        self.collectives: list[tuple[Stream, int]] = []  # and the task that each of them is
         self.allocations = 0  # of the device's memory
         self.pinned = 0
-        self.waits = 0  # of a thread for what is queued: copies that block, and numbers that Python reads
+        # For what is queued, copies that block, and numbers that Python reads.
+        self.waits_of_workers = self.waits = 0
+        self.tasks_in_the_way = 0  # of a worker thread, on the default stream
         self.checks_times = True
+        self.is_used_after_free = False
 
     def current(self) -> Stream:
         """Of this thread; a thread that has chosen none has one of its own, where CUDA has one for all of them."""
         if not hasattr(self.local, "stream"):
-            self.local.stream = Stream()
+            self.local.stream = Stream(is_default=True)
         stream: Stream = self.local.stream
         return stream
 
@@ -73,30 +80,47 @@ class Device:
         assert self.index == CUDA.index, WRONG_DEVICE
 
     def finish(self) -> None:
-        """Do all that is queued, and check that freed memory is as it was left."""
+        """Do all that is queued, and check that freed memory was not used and is as it was left."""
         for stream in self.streams:
             stream.run(len(stream.tasks))
         for memory in self.freed:
             assert (memory == GARBAGE).all(), FREED_MEMORY
+        assert not self.is_used_after_free, USED_AFTER_FREE
 
 
 DEVICE = Device()
 
 
+def is_worker() -> bool:
+    """Whether this thread is that of a state."""
+    return threading.current_thread().name.startswith("signvote")
+
+
 class Stream:
-    def __init__(self, device: Any = None) -> None:
+    def __init__(self, device: Any = None, *, is_default: bool = False) -> None:
         self.tasks: list[Callable[[], object]] = []
         self.done = 0
+        self.is_default = is_default
         with DEVICE.lock:
             DEVICE.streams.append(self)
 
     def queue(self, task: Callable[[], object], *tensors: Any) -> None:
         """That uses ``tensors``, as far as they are on the device."""
+        if tensors and self.is_default and is_worker():
+            DEVICE.tasks_in_the_way += 1
+        memories = [tensor.memory for tensor in tensors if isinstance(tensor, Tensor)]
+        are_freed = [memory.is_freed for memory in memories]  # the task keeps no memory from being freed
+
+        def checked() -> None:
+            if any(is_freed[0] for is_freed in are_freed):
+                DEVICE.is_used_after_free = True  # what is raised while memory is freed, nobody catches
+            task()
+
         with DEVICE.lock:
-            self.tasks.append(task)
-            for tensor in tensors:
-                if isinstance(tensor, Tensor) and tensor.memory.streams[0] is not self:
-                    tensor.memory.is_shared[0] = True
+            self.tasks.append(checked)
+            for memory in memories:
+                if memory.streams[0] is not self:
+                    memory.is_shared[0] = True
 
     def run(self, end: int) -> None:
         with DEVICE.lock:
@@ -128,9 +152,14 @@ class Event:
         with DEVICE.lock:
             self.place = stream, len(stream.tasks)
 
+    def query(self) -> bool:
+        """Whoever asks asks until it is so."""
+        self.synchronize()
+        return True
+
     def synchronize(self) -> None:
         DEVICE.check_current()
-        if not threading.current_thread().name.startswith("signvote"):
+        if not is_worker():
             DEVICE.waits += 1  # only the worker of a state may: beside it the backward pass goes on
         if self.place is not None:
             self.place[0].run(self.place[1])
@@ -256,18 +285,26 @@ class Memory:
     def __init__(self, memory: torch.Tensor) -> None:
         self.streams = [DEVICE.current()]
         self.is_shared = [False]  # by streams
-        weakref.finalize(self, free, bytes_of(memory), self.streams, self.is_shared, DEVICE.freed)
+        self.is_freed = [False]
+        weakref.finalize(self, free, bytes_of(memory), self.streams, self.is_shared, self.is_freed, DEVICE.freed)
 
 
 def bytes_of(memory: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory.untyped_storage())
 
 
-def free(memory: torch.Tensor, streams: list[Stream], is_shared: list[bool], freed_memory: list[torch.Tensor]) -> None:
+def free(
+    memory: torch.Tensor,
+    streams: list[Stream],
+    is_shared: list[bool],
+    is_freed: list[bool],
+    freed_memory: list[torch.Tensor],
+) -> None:
     """What is left of an earlier job, collected late, goes to that job's ``freed_memory``."""
 
     def overwrite() -> None:
         memory.fill_(GARBAGE)
+        is_freed[0] = True
         freed_memory.append(memory)
 
     with DEVICE.lock:
@@ -332,7 +369,10 @@ def new_memory(like: torch.Tensor) -> Any:
 
 
 def wait_for_current_stream() -> None:
-    DEVICE.waits += 1
+    if is_worker():
+        DEVICE.waits_of_workers += 1
+    else:
+        DEVICE.waits += 1
     DEVICE.current().run(len(DEVICE.current().tasks))
 
 
@@ -449,10 +489,78 @@ def unpack_ternary_runs(words: Any, pieces: Any, stride: int, bucket: Any, *, sc
     DEVICE.current().queue(kernel, words, bucket)
 
 
+def vote_runs(rows: Any, pieces: Any, out: Any, counts: Any, *, ties: str, seed: int) -> None:
+    stack, words, found = map(raw, (rows, out, counts))
+    DEVICE.current().queue(
+        lambda: found.fill_(runs.vote_runs(stack, pieces, words, ties=ties, seed=seed)), rows, out, counts
+    )
+
+
+def vote_ternary_runs(rows: Any, pieces: Any, out: Any, counts: Any, *, stride: int, quorum: int) -> None:
+    stack, words, found = map(raw, (rows, out, counts))
+    DEVICE.current().queue(
+        lambda: found.fill_(runs.vote_ternary_runs(stack, pieces, words, stride=stride, quorum=quorum)),
+        rows,
+        out,
+        counts,
+    )
+
+
 class DeviceRuns:
     @staticmethod
     def of(table: Any, num_coordinates: int, num_words: int, device: torch.device) -> Any:
         return table
+
+
+def creating(create: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """``create``, also on the device."""
+
+    def created(*arguments: Any, **options: Any) -> Any:
+        if options.get("device") != CUDA:
+            return create(*arguments, **options)
+        found = create(*arguments, **options | {"device": "cpu"})
+        memory = new_memory(found)
+        target = raw(memory)
+        DEVICE.current().queue(lambda: target.copy_(found), memory)
+        return memory
+
+    return created
+
+
+class Nccl:
+    """NCCL's collectives between simulated devices of several processes: those of gloo, in the order of the stream."""
+
+    @staticmethod
+    def mark() -> None:
+        stream = DEVICE.current()
+        DEVICE.collectives.append((stream, len(stream.tasks)))
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def new_group(*arguments: Any, **options: Any) -> Any:
+        options["backend"] = options["backend"].removesuffix(",cuda:nccl")
+        return right_new_group(*arguments, **options)
+
+    @staticmethod
+    def all_to_all_single(received: Any, sent: Any, *, group: Any) -> None:
+        target, source = raw(received), raw(sent)
+        Nccl.mark()
+        DEVICE.current().queue(lambda: right_all_to_all(target, source, group=group), received, sent)
+
+    @staticmethod
+    def all_gather(received: Any, sent: Any, *, group: Any) -> None:
+        if not isinstance(received, Tensor):
+            right_all_gather(received, sent, group=group)
+            return
+        target, source = raw(received), raw(sent)
+        Nccl.mark()
+        DEVICE.current().queue(lambda: right_all_gather(target, source.clone(), group=group), received, sent)
+
+
+right_new_group, right_all_to_all, right_all_gather = dist.new_group, dist.all_to_all_single, channel._all_gather
 
 
 def generator(device: torch.device | str = "cpu") -> torch.Generator:
@@ -471,7 +579,13 @@ PATCHES: dict[Any, dict[str, Any]] = {
         "is_current_stream_capturing": lambda: False,
     },
     torch.futures: {"Future": Future},
-    torch: {"Generator": generator},
+    torch: {"Generator": generator, "zeros": creating(torch.zeros), "full": creating(torch.full)},
+    dist: {
+        "is_nccl_available": Nccl.is_available,
+        "new_group": Nccl.new_group,
+        "all_to_all_single": Nccl.all_to_all_single,
+    },
+    channel: {"_all_gather": Nccl.all_gather},
     torch.Tensor: {"pin_memory": pin_memory},
     cuda: {"module_for": lambda op, name, device: None},
     cuda_runs: {
@@ -479,6 +593,8 @@ PATCHES: dict[Any, dict[str, Any]] = {
         "unpack_runs": unpack_runs,
         "pack_ternary_runs": pack_ternary_runs,
         "unpack_ternary_runs": unpack_ternary_runs,
+        "vote_runs": vote_runs,
+        "vote_ternary_runs": vote_ternary_runs,
         "DeviceRuns": DeviceRuns,
     },
 }

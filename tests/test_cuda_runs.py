@@ -146,7 +146,7 @@ def new_codec(
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
     layout = BucketLayout(NUMELS, PLACES, 3, dense=frozenset({DENSE}), itemsize=bucket.itemsize)
     messages = MessageLayout(layout, num_planes, num_numbers=3)
-    exchange = Sharded(messages, messages, 0, 3)
+    exchange = Sharded(messages, messages, 0, 3, torch.device("cpu"))
     return CudaCodec(bucket, Layouts(messages, messages, messages), exchange, Counters(), Streams.of(device))
 
 
@@ -193,20 +193,21 @@ def test_codec_of_the_hook(device: torch.device, dtype: str, monkeypatch: pytest
     codec = new_codec(device, bucket, 1, monkeypatch)
     layout, exchange, counters = codec._sent_layout, codec._exchange, codec._counters
     for step in range(2):
-        expected: NDArray[np.uint32] = np.zeros(exchange.sent.shape, np.uint32)
+        expected: NDArray[np.uint32] = np.zeros(exchange.sent.words.shape, np.uint32)
         before, bits = bucket.to("cpu", copy=True).double().numpy(), to_numpy(bucket).copy()
         x = before.astype(start.dtype)
         zeros, nonfinite = reference.pack_runs(x, start, LION, layout.runs, expected.reshape(-1), "coin", step)
         codec.pack(bucket, momentum, ballot(LION, step), is_last=True)
+        codec.settle()
         packed = codec.packed()
         assert (packed.zeros, packed.nonfinite) == (zeros, nonfinite + int((~np.isfinite(before[IN_DENSE])).sum()))
         np.testing.assert_allclose(packed.magnitudes, mean_magnitudes(before), rtol=1e-6)
-        assert np.array_equal(to_numpy(layout.words_of(exchange.sent).clone()), layout_words(layout, expected))
-        assert np.array_equal(dense_bits(codec, exchange.sent, bucket), bits[IN_DENSE])
+        assert np.array_equal(to_numpy(layout.words_of(exchange.sent.words).clone()), layout_words(layout, expected))
+        assert np.array_equal(dense_bits(codec, exchange.sent.words, bucket), bits[IN_DENSE])
         assert same_floats(to_numpy(momentum), start)
 
-        words = rng.integers(0, 2**32, exchange.result.numel(), dtype=np.uint32)
-        exchange.result.view(-1).copy_(torch.from_numpy(words.view(np.int32)))
+        words = rng.integers(0, 2**32, exchange.result.words.numel(), dtype=np.uint32)
+        exchange.result.words.view(-1).copy_(torch.from_numpy(words.view(np.int32)))
         codec.unpack(bucket, scale=0.5)
         codec.hand_over()
         unpacked: NDArray[Any] = np.zeros(sum(NUMELS), bool)
@@ -214,7 +215,7 @@ def test_codec_of_the_hook(device: torch.device, dtype: str, monkeypatch: pytest
             unpacked[coordinate : coordinate + numel] = reference.bits_of(words[word:], numel)
         voted = bucket.double().cpu().numpy()
         assert np.array_equal(voted[~IN_DENSE], np.where(unpacked, 0.5, -0.5)[~IN_DENSE])
-        assert np.array_equal(to_numpy(bucket)[IN_DENSE], dense_bits(codec, exchange.result, bucket))
+        assert np.array_equal(to_numpy(bucket)[IN_DENSE], dense_bits(codec, exchange.result.words, bucket))
     assert counters.pack_seconds > 0
     assert counters.unpack_seconds > 0
     codec.fill(bucket, torch.nan)
@@ -244,20 +245,21 @@ def test_codec_of_the_hook_with_abstention(
         _, sent, _, _ = reference.pack_momentum(x, start, coefficients[:2] * 2)
         _, kept, _, _ = reference.pack_momentum(x, start, coefficients[2:] * 2)
         kept = np.where(IN_DENSE, start, kept)
-    expected: NDArray[np.uint32] = np.zeros(exchange.sent.shape, np.uint32)
+    expected: NDArray[np.uint32] = np.zeros(exchange.sent.words.shape, np.uint32)
     votes = np.where(x == 0, 0, sent).astype(wide)
     reference.pack_ternary_runs(votes, layout.runs, expected.reshape(-1), layout.stride, 0.5)
     threshold = Threshold(0.5, is_relative=False)
     codec.pack(bucket, momentum, ballot(coefficients or SIGNUM, 0, threshold=threshold), is_last=True)
+    codec.settle()
     packed = codec.packed()
     assert packed.zeros == int(((np.abs(votes) <= 0.5) & ~IN_DENSE).sum())
     assert packed.nonfinite == int((~np.isfinite(sent) & ~IN_DENSE).sum())
-    assert np.array_equal(to_numpy(layout.words_of(exchange.sent).clone()), layout_words(layout, expected))
+    assert np.array_equal(to_numpy(layout.words_of(exchange.sent.words).clone()), layout_words(layout, expected))
     if momentum is not None:
         assert same_floats(to_numpy(momentum), kept)
 
-    words = rng.integers(0, 2**32, exchange.result.numel(), dtype=np.uint32)
-    exchange.result.view(-1).copy_(torch.from_numpy(words.view(np.int32)))
+    words = rng.integers(0, 2**32, exchange.result.words.numel(), dtype=np.uint32)
+    exchange.result.words.view(-1).copy_(torch.from_numpy(words.view(np.int32)))
     signs: NDArray[np.float64] = np.zeros(sum(NUMELS))
     for _, _, numel, coordinate, word in layout.runs.tolist():
         planes = reference.planes_in(words, word, numel, layout.stride)
@@ -293,15 +295,15 @@ def test_codec_of_the_hook_disturbs_a_copy(
         else:
             generator = torch.Generator(device).manual_seed(part.place)
             value += torch.randn(part.numel, dtype=wide, device=device, generator=generator) * (0.5 * rms).to(wide)
-    expected: NDArray[np.uint32] = np.zeros(codec._exchange.sent.shape, np.uint32)
+    expected: NDArray[np.uint32] = np.zeros(codec._exchange.sent.words.shape, np.uint32)
     layout, values_sent = codec._sent_layout, votes.cpu().numpy()
     if threshold is None:
         reference.pack_runs(values_sent, None, SIGNUM, layout.runs, expected.reshape(-1), "coin", 0)
     else:
         reference.pack_ternary_runs(values_sent, layout.runs, expected.reshape(-1), layout.stride, 0.0)
     codec.pack(bucket, None, chosen, is_last=True)
-    codec.packed()
-    assert np.array_equal(to_numpy(layout.words_of(codec._exchange.sent).clone()), layout_words(layout, expected))
+    codec.settle()
+    assert np.array_equal(to_numpy(layout.words_of(codec._exchange.sent.words).clone()), layout_words(layout, expected))
     assert np.array_equal(to_numpy(bucket), bits)
 
 

@@ -71,6 +71,17 @@ def test_options_of_ranks_on_cpu_and_gpu_equal_simulation(ranks: RankPool, optio
     check(ranks, Job(model, options=OPTIONS[options], ddp=TINY_BUCKETS, devices=("cpu", *GPU), weights=(2, 1)), 2)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("topology", ["sharded", "allgather"])
+def test_options_over_nccl_equal_simulation(ranks: RankPool, topology: str, options: str) -> None:
+    """One rank on each GPU: NCCL does not let them share one."""
+    if not dist.is_nccl_available():
+        pytest.skip("torch is built without NCCL")
+    devices = tuple(f"cuda:{index}" for index in range(min(2, torch.cuda.device_count())))
+    chosen = OPTIONS[options] | {"topology": topology, "backend": "nccl"}
+    check(ranks, Job("rows", options=chosen, ddp=TINY_BUCKETS, devices=devices), len(devices))
+
+
 @contextmanager
 def no_waits() -> Iterator[None]:
     """What packs and unpacks fails where it makes the host wait for the device."""

@@ -350,7 +350,8 @@ class Large(nn.Module):
 
 
 def memory_of(plan: Any) -> list[torch.Tensor]:
-    found = [value for value in vars(plan.exchange).values() if isinstance(value, torch.Tensor)]
+    held = [getattr(value, "words", value) for value in vars(plan.exchange).values()]  # of messages
+    found = [value for value in held if isinstance(value, torch.Tensor)]
     if plan.voter._tally is not None:
         found.append(torch.from_numpy(plan.voter._tally.planes.view("i4")))
     return found

@@ -3,7 +3,8 @@
 Each line uses those above it:
 
 - ``options``, ``stats``, ``layout`` (where each coordinate travels), ``trailer``, ``numbers`` (what travels with it);
-- ``channel`` (a group and a thread of our own), ``topology`` (who sends what to whom), ``voter`` (what becomes of it);
+- ``channel`` (a group and a thread of our own), ``topology`` (who sends what to whom), ``voter``, ``cuda_voter`` (what
+  becomes of it);
 - ``ballot`` (what a rank votes), ``codec`` (from a bucket to a message and back), ``cpu_codec``, ``cuda_codec``;
 - ``parameters`` and ``exclude``, ``binding``, ``momentum``, ``checkpoint``, ``agreement``, ``agreement_rates``,
   ``hybrid`` and ``switching``, ``advice``: one concern of a state each;

@@ -14,6 +14,7 @@ class Binding:
     """Binds to the process group when it is first needed, and anew when the group was destroyed and made again.
 
     Args:
+        backend: As :class:`signvote.ddp.channel.Channel`.
         is_group_missing: Whether ``process_group`` must be set before use: it was not pickled with the state.
 
     Attributes:
@@ -24,10 +25,16 @@ class Binding:
     """
 
     def __init__(
-        self, process_group: dist.ProcessGroup | None, timeout: timedelta | None, *, is_group_missing: bool = False
+        self,
+        process_group: dist.ProcessGroup | None,
+        timeout: timedelta | None,
+        backend: str,
+        *,
+        is_group_missing: bool = False,
     ) -> None:
         self.process_group = None if process_group is dist.group.WORLD else process_group
         self.timeout = timeout
+        self._backend = backend
         self.traffic = Traffic()
         self.failure: str | None = None
         self._is_group_missing = is_group_missing
@@ -47,7 +54,7 @@ class Binding:
         self.check_process_group()
         self.failure = None
         try:
-            self._channel = Channel(self.process_group, self.timeout, self.traffic)
+            self._channel = Channel(self.process_group, self.timeout, self.traffic, self._backend)
         except Exception as error:
             raise RuntimeError(f"signvote: rank {dist.get_rank(self.process_group)}: new group: {error}") from error
         return self._channel

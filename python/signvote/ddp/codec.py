@@ -1,7 +1,7 @@
 """How a bucket becomes the message that a rank sends, and the voted message the bucket, on whatever device.
 
-A message lies in host memory, where gloo and the vote want it, whatever device the gradients are on. So the exchange
-knows nothing of devices, and ranks of both kinds vote with each other.
+For gloo a message lies in host memory, where the vote wants it too, whatever device the gradients are on. So its
+exchange knows nothing of devices, and ranks of both kinds vote with each other. For NCCL it lies on the device.
 """
 
 from __future__ import annotations
@@ -73,13 +73,21 @@ class Codec(BallotOps):
     def on_device(self) -> AbstractContextManager[object]:
         """Where a thread calls CUDA: with another device current, CUDA would make itself at home there too."""
 
+    def on_worker(self) -> AbstractContextManager[object]:
+        """Where the worker thread calls CUDA."""
+        return self.on_device()
+
     @abstractmethod
     def pack(self, bucket: torch.Tensor, momentum: torch.Tensor | None, ballot: Ballot, *, is_last: bool) -> None:
         """Begin to pack, on the thread that computes and after what it has begun; ``is_last`` bucket of its pass."""
 
     @abstractmethod
+    def settle(self) -> None:
+        """Wait until nothing is left to do of what :meth:`pack` began."""
+
+    @abstractmethod
     def packed(self) -> Packed:
-        """Wait for the words."""
+        """What was found, once it is settled."""
 
     @abstractmethod
     def unpack(self, bucket: torch.Tensor, *, scale: float | Sequence[float]) -> None:
@@ -148,7 +156,7 @@ class Codec(BallotOps):
         """Coordinates without a vote: as the op counted them, with abstention all that are not active."""
         if self._sent_layout.num_planes == 1:
             return counted
-        active = self._exchange.sent[:, self._sent_layout.stride : 2 * self._sent_layout.stride]
+        active = self._exchange.sent.words[:, self._sent_layout.stride : 2 * self._sent_layout.stride]
         return self._sent_layout.bucket.voted_numel - popcount(active)
 
     def _nonfinite_of(self, counted: int, dtype: torch.dtype) -> int:
@@ -156,7 +164,7 @@ class Codec(BallotOps):
         layout = self._sent_layout
         found = counted if layout.bucket.voted else 0
         if layout.bucket.dense:
-            found += int(torch.isfinite(layout.dense_of(self._exchange.sent, dtype)).logical_not().sum())
+            found += int(torch.isfinite(layout.dense_of(self._exchange.sent.words, dtype)).logical_not().sum())
         return found
 
     def _mask(self, words: torch.Tensor, mask: torch.Tensor) -> None:
@@ -171,5 +179,9 @@ _ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
 def popcount(words: torch.Tensor) -> int:
-    """How many bits of the int32 ``words`` are 1."""
-    return int(_ONES[words.numpy().view(np.uint8)].sum(dtype=np.int64))
+    """How many bits of the int32 ``words`` are 1; waits for a CUDA device."""
+    if not words.is_cuda:
+        return int(_ONES[words.numpy().view(np.uint8)].sum(dtype=np.int64))
+    pairs = words - ((words >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return int(((nibbles + (nibbles >> 4)) & 0x0F0F0F0F).view(torch.uint8).sum())

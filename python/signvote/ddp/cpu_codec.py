@@ -39,7 +39,7 @@ class CpuCodec(Codec):
         self.num_threads_of_worker = self._num_threads if is_last else 1
         start = time.perf_counter()
         self._zeros_counted = self._nonfinite = 0
-        self._write(bucket, momentum, ballot, self._exchange.sent)
+        self._write(bucket, momentum, ballot, self._exchange.sent.words)
         found = self._magnitudes(bucket, ballot)
         self._packed = Packed(
             zeros=self._zeros(self._zeros_counted),
@@ -70,7 +70,7 @@ class CpuCodec(Codec):
             momentum,
             ballot.coefficients,
             self._sent_layout.runs,
-            self._exchange.sent.view(-1),
+            self._exchange.sent.words.view(-1),
             zeros=ballot.zeros,
             seed=ballot.seed,
             **self._chosen,
@@ -78,13 +78,13 @@ class CpuCodec(Codec):
         self._nonfinite = max(self._nonfinite, nonfinite)
 
     def vote_or_abstain(self, x: torch.Tensor, threshold: float) -> None:
-        nonfinite = self._pack_ternary(x, threshold, self._exchange.sent)
+        nonfinite = self._pack_ternary(x, threshold, self._exchange.sent.words)
         self._nonfinite = max(self._nonfinite, nonfinite)
 
     def abstain_at_zeros_of(self, bucket: torch.Tensor) -> None:
         scratch = self._scratch_words(self._sent_layout)
         self._pack_ternary(bucket, 0.0, scratch)
-        self._mask(self._exchange.sent, scratch)
+        self._mask(self._exchange.sent.words, scratch)
 
     def _pack_ternary(self, x: torch.Tensor, threshold: float, words: torch.Tensor) -> int:
         layout = self._sent_layout
@@ -93,18 +93,21 @@ class CpuCodec(Codec):
         )
         return nonfinite
 
+    def settle(self) -> None:
+        pass
+
     def packed(self) -> Packed:
         return self._packed
 
     def unpack(self, bucket: torch.Tensor, *, scale: float | Sequence[float]) -> None:
         start = time.perf_counter()
         self._num_threads = self.num_threads_of_worker
-        self._read(bucket, scale, self._exchange.result)
+        self._read(bucket, scale, self._exchange.result.words)
         self._counters.unpack_seconds += time.perf_counter() - start
 
     def progress(self, bucket: torch.Tensor) -> Callable[[], float]:
         self._num_threads = self.num_threads_of_worker
-        progress = float(self._progress(bucket, self._exchange.result))
+        progress = float(self._progress(bucket, self._exchange.result.words))
         return lambda: progress
 
     def _unpack_signs(self, words: torch.Tensor, target: torch.Tensor, scale: float) -> None:

@@ -21,14 +21,18 @@ from signvote.ddp.topology import Exchange
 
 @dataclass(frozen=True)
 class Streams:
-    """Of one CUDA device, those on which words leave it and come back, beside the backward pass."""
+    """Of one CUDA device, beside that of the backward pass: those on which words leave it and come back.
+
+    On ``exchanging`` messages travel that are on the device.
+    """
 
     leaving: torch.cuda.Stream
     returning: torch.cuda.Stream
+    exchanging: torch.cuda.Stream
 
     @classmethod
     def of(cls, device: torch.device) -> Streams:
-        return cls(torch.cuda.Stream(device), torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        return cls(*(torch.cuda.Stream(device) for _ in range(3)))  # type: ignore[no-untyped-call]
 
 
 # What :class:`CudaCodec` counts while momentum is kept up, while votes are packed, and in search of zeros.
@@ -38,7 +42,7 @@ _KEPT, _VOTED, _SEEN = range(3)
 class CudaCodec(Codec):
     """Packs on the stream that is current; copies words to pinned memory on a second stream, and back on a third.
 
-    Only :meth:`packed` waits for the device, on the worker thread. When it returns, the device has read the bucket, and
+    Only :meth:`settle` waits for the device, on the worker thread. When it returns, the device has read the bucket, and
     nothing that was begun with what :meth:`pack` was given is left to do. What :meth:`unpack` and :meth:`fill` begin is
     waited for on the device alone: by the stream that is current in :meth:`hand_over`, and before the next message
     takes the place of the last.
@@ -53,8 +57,6 @@ class CudaCodec(Codec):
         self._streams = streams
         self._device, self._dtype = bucket.device, bucket.dtype
         with self.on_device():
-            exchange.sent = exchange.sent.pin_memory()
-            exchange.result = exchange.result.pin_memory()
 
             def table(layout: MessageLayout) -> cuda_runs.DeviceRuns:
                 num_words = layout.bucket.num_shards * layout.row_words
@@ -63,20 +65,30 @@ class CudaCodec(Codec):
             self._sent_runs = table(layouts.sent)
             self._result_runs = self._sent_runs if layouts.result is layouts.sent else table(layouts.result)
             self._kept_runs = self._sent_runs if layouts.kept is layouts.sent else table(layouts.kept)
-            self._sent = bucket.new_zeros(exchange.sent.shape, dtype=torch.int32)
             self._scratch: torch.Tensor | None = None
             self._counts = bucket.new_zeros((3, 2), dtype=torch.int64)
             self._counts_here = torch.zeros(3, 2, dtype=torch.int64, device="cpu").pin_memory()
             self._counted: set[int] = set()  # rows of it, in the last message
             self._magnitudes_here: torch.Tensor | None = None
             self._progress_here: torch.Tensor | None = None
-            with torch.cuda.stream(streams.returning):  # the caching allocator keeps its memory for that stream
-                self._result = bucket.new_empty(exchange.result.shape, dtype=torch.int32)
+            self._sent, self._result = self._new_words(bucket)
             self._pack_began, self._pack_ended, self._sent_ready, self._unpack_began, self._unpack_ended = (
                 torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
                 for _ in range(5)
             )
         self._is_unpacking = self._is_result_here = False
+
+    def _new_words(self, bucket: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the device has the words of both ways."""
+        self._exchange.sent.pin()
+        self._exchange.result.pin()
+        sent = bucket.new_zeros(self._exchange.sent.words.shape, dtype=torch.int32)
+        with torch.cuda.stream(self._streams.returning):  # the caching allocator keeps its memory for that stream
+            return sent, bucket.new_empty(self._exchange.result.words.shape, dtype=torch.int32)
+
+    def _send(self) -> None:
+        """To the exchange, on the stream that is current."""
+        self._exchange.sent.words.copy_(self._sent, non_blocking=True)
 
     def on_device(self) -> AbstractContextManager[object]:
         return torch.cuda.device(self._device)
@@ -95,7 +107,7 @@ class CudaCodec(Codec):
             leaving.wait_event(self._pack_ended)
             leaving.wait_event(self._unpack_ended)  # of the last message: the device has read exchange.result
             with torch.cuda.stream(leaving):
-                self._exchange.sent.copy_(self._sent, non_blocking=True)
+                self._send()
                 self._counts_here.copy_(self._counts, non_blocking=True)
                 if found is not None and self._magnitudes_here is not None:
                     self._magnitudes_here.copy_(found, non_blocking=True)
@@ -148,7 +160,7 @@ class CudaCodec(Codec):
             self._scratch = self._sent.new_zeros((layout.bucket.num_shards, layout.row_words))
         return self._scratch
 
-    def packed(self) -> Packed:
+    def settle(self) -> None:
         with self._phase("packing"):
             self._sent_ready.synchronize()
             self._counters.pack_seconds += 1e-3 * self._pack_began.elapsed_time(self._sent_ready)
@@ -156,6 +168,8 @@ class CudaCodec(Codec):
                 self._counters.unpack_seconds += 1e-3 * self._unpack_began.elapsed_time(self._unpack_ended)
                 self._is_unpacking = False
         self._is_result_here = False
+
+    def packed(self) -> Packed:
         nonfinite = max((int(self._counts_here[row, 1]) for row in self._counted), default=0)
         return Packed(
             zeros=self._zeros(int(self._counts_here[_VOTED, 0])),
@@ -165,12 +179,12 @@ class CudaCodec(Codec):
 
     def unpack(self, bucket: torch.Tensor, *, scale: float | Sequence[float]) -> None:
         with self._unpacking(bucket):
-            self._fetch()
+            self._make_ready()
             self._read(bucket, scale, self._result)
 
     def progress(self, bucket: torch.Tensor) -> Callable[[], float]:
         with self._unpacking(bucket):
-            self._fetch()
+            self._make_ready()
             if self._progress_here is None:
                 self._progress_here = torch.zeros((), dtype=torch.float64, device="cpu").pin_memory()
             here = self._progress_here.copy_(self._progress(bucket, self._result), non_blocking=True)
@@ -182,10 +196,10 @@ class CudaCodec(Codec):
 
         return progress
 
-    def _fetch(self) -> None:
-        """The result, once."""
-        if not self._is_result_here:
-            self._result.copy_(self._exchange.result, non_blocking=True)
+    def _make_ready(self) -> None:
+        """Have the result to be read on the stream that is current."""
+        if not self._is_result_here:  # copied once
+            self._result.copy_(self._exchange.result.words, non_blocking=True)
             self._is_result_here = True
 
     def _unpack_signs(self, words: torch.Tensor, target: torch.Tensor, scale: float) -> None:
@@ -225,3 +239,27 @@ class CudaCodec(Codec):
             yield
         except RuntimeError as error:
             raise DeviceError(f"{name} on {self._device}: {error}") from error
+
+
+class DeviceMessagesCodec(CudaCodec):
+    """Packs into messages on the device itself and unpacks from them: there is nothing to copy but counts.
+
+    The worker thread calls CUDA on a stream of its own, beside those of the backward pass.
+    """
+
+    @contextmanager
+    def on_worker(self) -> Iterator[None]:
+        with (
+            self.on_device(),
+            torch.cuda.stream(self._streams.exchanging),
+        ):
+            yield
+
+    def _new_words(self, bucket: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._exchange.sent.words, self._exchange.result.words
+
+    def _send(self) -> None:
+        pass
+
+    def _make_ready(self) -> None:
+        self._result.record_stream(self._streams.returning)  # the allocator knows of the stream that made the plan

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from signvote import _core, cuda
@@ -71,7 +72,7 @@ def majority_vote_hook(
     """
     _check_bucket(bucket)
     if not state.has_plan(bucket.index()):
-        _check_parameters(bucket)
+        _check_new_bucket(bucket, state)
     channel = state.channel()
     step = state.begin(channel, bucket.index())
     phase = state.phase
@@ -126,9 +127,22 @@ def attach(
         state = MajorityVoteState(group, **options)
     elif group is not None:
         state.process_group = group
+    if state.options.votes_on_device:
+        _check_alone(ddp)
     state.name_parameters(ddp.module.named_parameters())
     ddp.register_comm_hook(state, majority_vote_hook)
     return state
+
+
+def _check_alone(ddp: DistributedDataParallel) -> None:
+    """That nothing of ``ddp`` uses NCCL beside the votes: two groups that do can wait for each other for ever."""
+    found = [option for option in ("find_unused_parameters", "static_graph") if getattr(ddp, option)]
+    found += [f"{name}: SyncBatchNorm" for name, module in ddp.module.named_modules() if type(module) is SyncBatchNorm]
+    if found:
+        raise ValueError(
+            f"attach: ddp: expected nothing that sends during the backward pass with backend='nccl', got "
+            f"{', '.join(found)}: two groups that use NCCL at the same time can wait for each other for ever"
+        )
 
 
 def _check_bucket(bucket: object) -> None:
@@ -158,7 +172,15 @@ def _check_bucket(bucket: object) -> None:
         )
 
 
-def _check_parameters(bucket: dist.GradBucket) -> None:  # type: ignore[name-defined]
+def _check_new_bucket(
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+    state: MajorityVoteState,
+) -> None:
+    if state.options.votes_on_device and not bucket.buffer().is_cuda:
+        raise ValueError(
+            f"majority_vote_hook: bucket {bucket.index()}: expected gradients on a CUDA device with backend='nccl', "
+            f"got {bucket.buffer().device}"
+        )
     for parameter in bucket.parameters():
         if parameter.is_complex():  # DDP shows its gradient as twice as many real numbers
             raise TypeError(
@@ -200,18 +222,18 @@ def _fail(vote: _Vote, error: Exception) -> NoReturn:
 
 
 def _finish_message(vote: _Vote) -> None:
-    """Wait for the words, and put numbers and the trailer behind them."""
+    """Put numbers and the trailer behind the words."""
     state, plan = vote.state, vote.plan
     packed = plan.codec.packed()
-    sent = plan.exchange.sent
+    ends = plan.exchange.sent.ends
     if plan.numbers.size:
-        plan.sent.numbers_of(sent)[:] = _numbers(vote, packed.magnitudes)
+        plan.sent.numbers_of(ends)[:] = _numbers(vote, packed.magnitudes)
     trailer.Sent(
         nonfinite=packed.nonfinite,
         first_rank=vote.channel.rank + 1 if packed.nonfinite else 0,
         weight=state.weight,
         tag=vote_tag(vote.step, vote.index, plan.layout.numel),
-    ).write(sent.numpy())
+    ).write(ends.numpy())
     state.counters.zeros += packed.zeros
 
 
@@ -235,10 +257,11 @@ def _exchange(vote: _Vote, future: "torch.futures.Future[Any]", returned: "torch
     """
     state = vote.state
     try:
-        with vote.plan.codec.on_device():
+        with vote.plan.codec.on_worker():
             try:
-                _finish_message(vote)  # also after a failure: what packs must be over before the memory it uses may go
+                vote.plan.codec.settle()  # also after a failure: only then may the memory go in which it packs
                 if state.failure is None:
+                    _finish_message(vote)
                     vote.plan.begin_vote(_derive(_TIES, state.options.seed, vote.step))
                     vote.plan.exchange.run(vote.channel, vote.plan.voter)
             except Exception as error:
@@ -254,7 +277,7 @@ def _unpack(vote: _Vote, failure: str | None) -> torch.Tensor:
     state, plan, counters = vote.state, vote.plan, vote.state.counters
     if failure is not None:
         raise RuntimeError(failure)
-    result = trailer.read(plan.exchange.result.numpy())
+    result = trailer.read(plan.exchange.result.ends.numpy())
     if result.tag != vote_tag(vote.step, vote.index, plan.layout.numel):
         state.fail(f"{vote.name}: vote: ranks are out of step: not all sent this bucket of this step")
         raise RuntimeError(state.failure)
@@ -290,9 +313,10 @@ def _learn(vote: _Vote) -> float | Sequence[float]:
     """What the numbers say that came back; returns the scale of the vote."""
     state, plan, scale = vote.state, vote.plan, vote.state.options.scale
     if plan.numbers.agreements:
-        state.agreement_rates.compare(plan.sent, plan.result, plan.exchange.sent, plan.exchange.result)
+        sent, result = plan.exchange.sent.words.cpu(), plan.exchange.result.words.cpu()
+        state.agreement_rates.compare(plan.sent, plan.result, sent, result)
     if plan.numbers.size:
-        learned = plan.result.numbers_of(plan.exchange.result)[0]
+        learned = plan.result.numbers_of(plan.exchange.result.ends)[0]
         progress, magnitudes, agreements = plan.numbers.split(learned)
         if progress.size:
             state.switching.learn(*progress.tolist())

@@ -23,6 +23,8 @@ PLACE, FIRST, NUMEL, COORDINATE, WORD = range(5)
 #: Words at the end of each row, see :mod:`signvote.ddp.trailer`.
 TRAILER_WORDS = 4
 
+CPU = torch.device("cpu")
+
 _BLOCK = 64  # coordinates that share one draw of coins
 _BLOCK_WORDS = 2
 _WORD_BYTES = 4
@@ -147,8 +149,8 @@ class MessageLayout:
         self.stride = bucket.shard_words
         self._dense_begin = num_planes * bucket.shard_words
         self._numbers_begin = self._dense_begin + bucket.shard_dense_words
-        self._numbers_end = self._numbers_begin + num_numbers
-        self.row_words = self._numbers_end + self._numbers_end % 2 + TRAILER_WORDS
+        numbers_end = self._numbers_begin + num_numbers
+        self.row_words = numbers_end + numbers_end % 2 + TRAILER_WORDS
         self.runs = bucket.runs(self.row_words)
 
     def shard_runs(self, shard: int) -> npt.NDArray[np.int64]:
@@ -157,10 +159,10 @@ class MessageLayout:
         runs[:, WORD] -= shard * self.row_words
         return runs
 
-    def new_message(self, rows: int | None = None) -> torch.Tensor:
+    def new_message(self, rows: int | None = None, device: torch.device = CPU) -> torch.Tensor:
         """A zeroed int32 matrix of ``rows`` rows (default: one per shard). Padding is never written: it stays 0."""
         rows = self.bucket.num_shards if rows is None else rows
-        return torch.zeros(rows, self.row_words, dtype=torch.int32, device="cpu")
+        return torch.zeros(rows, self.row_words, dtype=torch.int32, device=device)
 
     def words_of(self, rows: torch.Tensor) -> torch.Tensor:
         """The sign bits of one row, or of each: one plane, or two one behind the other."""
@@ -170,6 +172,11 @@ class MessageLayout:
         """The dense coordinates of one row, or of each, padding included."""
         return rows[..., self._dense_begin : self._numbers_begin].view(dtype)
 
+    def ends_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Numbers and trailer, and the padding between them, of one row, or of each."""
+        return rows[..., self._numbers_begin :]
+
     def numbers_of(self, rows: torch.Tensor) -> npt.NDArray[np.float32]:
-        """The numbers of one row in host memory, or of each."""
-        return rows[..., self._numbers_begin : self._numbers_end].numpy().view(np.float32)
+        """The numbers of one row in host memory, or of each; also given no more than its end."""
+        begin = rows.shape[-1] - (self.row_words - self._numbers_begin)
+        return rows[..., begin : begin + self.num_numbers].numpy().view(np.float32)

@@ -15,6 +15,7 @@ TOPOLOGIES = ("sharded", "allgather", "server", "auto")
 UNDECIDED = ("coin", "positive", "negative")
 TIES = (*UNDECIDED, "zero")
 NONFINITE = ("propagate", "raise", "ignore")
+BACKENDS = ("gloo", "nccl")
 
 MEAN_ABS = "mean_abs"
 #: What stands for a GradScaler: the object itself belongs to this process.
@@ -67,6 +68,7 @@ class VoteOptions:
     dense_steps: int = 0
     dither: float | Callable[[int], float] = 0.0
     track_agreement: bool = False
+    backend: str = "gloo"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -85,6 +87,7 @@ class VoteOptions:
             object.__setattr__(self, "dither", checked_dither("dither", self.dither))
         if not isinstance(self.track_agreement, bool):
             raise ValueError(f"MajorityVoteState: track_agreement: expected a bool, got {self.track_agreement!r}")
+        _check_choice("backend", self.backend, BACKENDS)
         _check_integer("seed", self.seed)
         self._check_together()
 
@@ -108,6 +111,11 @@ class VoteOptions:
             raise ValueError(
                 "MajorityVoteState: nonfinite: expected 'propagate' or 'raise' with a GradScaler, which looks for what "
                 "is not finite, got 'ignore'"
+            )
+        if self.backend == "nccl" and self.topology == "server":
+            raise ValueError(
+                "MajorityVoteState: topology: expected 'sharded', 'allgather' or 'auto' with backend='nccl', got "
+                "'server': that server counts messages one after another, in the memory of its host"
             )
         if self.can_be_zero and self.ties in ("positive", "negative"):
             raise ValueError(
@@ -134,6 +142,11 @@ class VoteOptions:
     def can_be_zero(self) -> bool:
         """Whether the vote of a coordinate has three results."""
         return self.abstains or self.ties == "zero" or self.quorum != 1 or isinstance(self.quorum, float)
+
+    @property
+    def votes_on_device(self) -> bool:
+        """Whether messages are exchanged between CUDA devices, and voted on there."""
+        return self.backend == "nccl"
 
     @property
     def has_loss_scale(self) -> bool:

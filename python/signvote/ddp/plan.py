@@ -9,8 +9,9 @@ import torch
 
 from signvote.ddp.codec import Codec, Layouts
 from signvote.ddp.cpu_codec import CpuCodec
-from signvote.ddp.cuda_codec import CudaCodec, Streams
-from signvote.ddp.layout import BucketLayout, MessageLayout
+from signvote.ddp.cuda_codec import CudaCodec, DeviceMessagesCodec, Streams
+from signvote.ddp.cuda_voter import CudaVoter
+from signvote.ddp.layout import CPU, BucketLayout, MessageLayout
 from signvote.ddp.numbers import NumbersLayout
 from signvote.ddp.options import MEAN_ABS, Phase, VoteOptions
 from signvote.ddp.stats import Counters
@@ -144,14 +145,19 @@ def new_plan(
     kept = sent
     if phase.is_dense and momentum is not None:
         kept = MessageLayout(BucketLayout(numels, places, 1, dense=excluded))
-    exchange = new_exchange(topology, sent, result, rank, size)
-    voter = Voter(sent, result, exchange.shard, size, buffer.dtype, options, counters, implementation)
+    exchange = new_exchange(topology, sent, result, rank, size, buffer.device if options.votes_on_device else CPU)
+    voter: Voter
+    if options.votes_on_device and exchange.shard is not None:
+        voter = CudaVoter(sent, result, exchange.shard, size, buffer.dtype, options, counters, buffer.device)
+    else:
+        voter = Voter(sent, result, exchange.shard, size, buffer.dtype, options, counters, implementation)
     layouts = Layouts(sent, result, kept)
     codec: Codec
     if streams is None:
         codec = CpuCodec(layouts, exchange, counters, implementation)
     else:
-        codec = CudaCodec(buffer, layouts, exchange, counters, streams)
+        of_messages = DeviceMessagesCodec if options.votes_on_device else CudaCodec
+        codec = of_messages(buffer, layouts, exchange, counters, streams)
     return BucketPlan(
         parameters=parameters,
         dtype=buffer.dtype,

@@ -43,11 +43,12 @@ class MajorityVoteState:
     If the gradients are on a CUDA device, so are the momentum and 2.4 more bits: what is packed, what was voted and
     tables of where they lie, of which the hook does not need those for votes on the device (0.1 bits). The messages
     that this rank packs and unpacks are then in pinned host memory, whose blocks torch rounds up to powers of two; what
-    it receives from others is not pinned. All gradients of a state are on one device. (No GPU has run it yet.)
+    it receives from others is not pinned. With ``backend="nccl"`` all messages are on the device instead. All gradients
+    of a state are on one device. (No GPU has run it yet.)
 
     Args:
-        process_group: The ranks that vote. Default: all. A gloo group of its own is made over the same ranks, so the
-            backend of this one does not matter.
+        process_group: The ranks that vote. Default: all. A group of its own is made over the same ranks, so the backend
+            of this one does not matter.
         momentum: β of Signum, m ← β·m + (1 - β)·g, and sign(m) is sent. 0.0 is signSGD. A pair ``(β1, β2)`` is the
             Lion rule: sign(β1·m + (1 - β1)·g) is sent, m ← β2·m + (1 - β2)·g is kept. Every rank has its own momentum,
             float32 (float64 for float64 parameters).
@@ -90,6 +91,12 @@ class MajorityVoteState:
             of the same kind.
         track_agreement: Whether ``stats(per_parameter=True)`` can tell how far the ranks agree; two numbers per
             parameter travel with the vote.
+        backend: What messages travel by: ``"gloo"``, between the hosts, or ``"nccl"``, between CUDA devices, one for
+            each rank, where they are then voted on. Nothing else may use NCCL during the backward pass: not DDP with
+            ``find_unused_parameters`` or ``static_graph``, no ``SyncBatchNorm`` (:func:`attach` refuses these), nor a
+            second model. Not for ``topology="server"``, a ``weight`` other than 1, or an ``implementation``;
+            ``track_agreement`` copies all messages to the host. That a rank has died shows when the timeout is over.
+            (No GPU has run it yet.)
         weight: This rank's vote counts as so many, 1 to 65535: for batches or machines of unequal size. It need not be
             the same on all ranks, and may be set anew between steps (``state.weight``). Means are weighted as well. Not
             saved by ``state_dict``.
@@ -118,6 +125,7 @@ class MajorityVoteState:
         exclude: Exclude = None,
         dither: float | Callable[[int], float] = 0.0,
         track_agreement: bool = False,
+        backend: str = "gloo",
         weight: int = 1,
         seed: int = 0,
         timeout: timedelta | None = None,
@@ -138,8 +146,14 @@ class MajorityVoteState:
             dense_steps=dense_steps,
             dither=dither,
             track_agreement=track_agreement,
+            backend=backend,
             seed=seed,
         )
+        if implementation is not None and self.options.votes_on_device:
+            raise ValueError(
+                f"MajorityVoteState: implementation: expected None with backend='nccl', got {implementation!r}: the "
+                "CPU does not vote"
+            )
         self.grad_scaler = scale if isinstance(scale, torch.amp.GradScaler) else None
         self.weight = weight
         self.implementation = implementation
@@ -151,7 +165,7 @@ class MajorityVoteState:
         self.switching = Switching(None, None, None)
         self._parameters = Parameters(exclude)
         self._momentum = MomentumByPlace()
-        self._binding = Binding(process_group, timeout)
+        self._binding = Binding(process_group, timeout, backend)
         self._plans = BucketPlans()
         self._last_bucket = -1
         self._advice: Advice | None = None
@@ -180,6 +194,15 @@ class MajorityVoteState:
     @process_group.setter
     def process_group(self, process_group: dist.ProcessGroup | None) -> None:
         self._binding.process_group = process_group
+
+    @property
+    def timeout(self) -> timedelta | None:
+        """How long a rank waits for another, None for as long as the process group says; of groups made from now on."""
+        return self._binding.timeout
+
+    @timeout.setter
+    def timeout(self, timeout: timedelta | None) -> None:
+        self._binding.timeout = timeout
 
     def channel(self) -> Channel:
         """The channel of the current process group; made in the first call, and anew if the group was destroyed.
@@ -391,6 +414,11 @@ class MajorityVoteState:
             number = 0
         if isinstance(weight, bool) or not 1 <= number <= MAX_WEIGHT:
             raise ValueError(f"MajorityVoteState: weight: expected an integer from 1 to {MAX_WEIGHT}, got {weight!r}")
+        if number != 1 and self.options.votes_on_device:
+            raise ValueError(
+                f"MajorityVoteState: weight: expected 1 with backend='nccl', got {weight!r}: votes that are counted on "
+                "the device count once each"
+            )
         self._weight = number
 
     def _current_loss_scale(self) -> float:
@@ -399,7 +427,7 @@ class MajorityVoteState:
             return 1.0
         if self.grad_scaler is None:
             raise RuntimeError("signvote: this state was pickled with a GradScaler: set state.grad_scaler before use")
-        if self.grad_scaler._scale is None:  # it has not scaled any loss yet
+        if not self.grad_scaler.is_enabled() or self.grad_scaler._scale is None:  # it has not scaled any loss yet
             return 1.0
         return float(self.grad_scaler.get_scale())
 
@@ -500,7 +528,7 @@ class MajorityVoteState:
             )
         return {
             "options": {**self.options.as_dict(), "weight": self.weight, "exclude": self._parameters.exclude_to_save()},
-            "timeout": self._binding.timeout,
+            "timeout": self.timeout,
             "implementation": self.implementation,
             "has_group": self._binding.has_group,
             "step": self.step,
@@ -516,7 +544,7 @@ class MajorityVoteState:
         options = {**options, "scale": 1.0 if scale == LOSS_SCALE else scale}
         self.__init__(timeout=saved["timeout"], implementation=saved["implementation"], **options)  # type: ignore[misc]
         self.options = replace(self.options, scale=scale)
-        self._binding = Binding(None, saved["timeout"], is_group_missing=saved["has_group"])
+        self._binding = Binding(None, saved["timeout"], self.options.backend, is_group_missing=saved["has_group"])
         self.step = saved["step"]
         self._parameters = Parameters(options["exclude"], saved["names"])
         self._momentum = MomentumByPlace(saved["momentum"])
