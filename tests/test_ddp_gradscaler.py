@@ -73,6 +73,20 @@ def test_gradscaler(ranks: RankPool, options: str) -> None:
     assert len(digests) == 1
 
 
+def train_with_a_scaler_that_is_not_enabled() -> list[float]:
+    """Magnitudes of the votes, as scripts have them whose mixed precision can be turned off."""
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    ddp, state, _ = build(Job(options={"scale": scaler}, record=False))
+    scaler.scale(ddp(torch.ones(2, 7)).sum()).backward()
+    assert state.loss_scale == 1.0
+    votes = [in_memory_order(p.grad) for p in ddp.parameters() if p.grad is not None]
+    return sorted(set(torch.cat(votes).abs().tolist()))
+
+
+def test_gradscaler_that_is_not_enabled(ranks: RankPool) -> None:
+    assert ranks.run(train_with_a_scaler_that_is_not_enabled, world=2) == [[1.0]] * 2
+
+
 def overflow(bad_step: int) -> tuple[list[bool], list[float], str, bool]:
     """Rank 1 meets an infinite gradient: all skip that step, in which the next scale is found."""
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)

@@ -150,12 +150,12 @@ def test_the_threshold_is_not_rounded(dtype: str) -> None:
     x = torch.tensor([largest, math.inf, -math.inf, math.nan], dtype=torch.float64).to(TORCH_DTYPES_BY_NAME[dtype])
     found = {
         threshold: signvote.unpack_ternary(signvote.pack_ternary(x, threshold=threshold), 4).tolist()
-        for threshold in (math.nextafter(largest, 0), largest, 1.7e308, math.inf)
+        for threshold in (math.nextafter(largest, 0), largest, 1.7e308, math.inf, 10**400)
     }
     assert found[math.nextafter(largest, 0)] == [1, 1, -1, 0]
     assert found[largest] == [0, 1, -1, 0]
     assert found[1.7e308] == [float(dtype == "float64"), 1, -1, 0]
-    assert found[math.inf] == [0, 0, 0, 0]
+    assert found[math.inf] == found[10**400] == [0, 0, 0, 0]
 
 
 def _value_of(bits: int, dtype: str) -> float:

@@ -37,6 +37,7 @@ def test_coordinates(x: Any, error: type[Exception], message: str) -> None:
         (-1e-300, ValueError, "threshold is -1e-300, expected a number that is not negative"),
         (float("nan"), ValueError, "threshold is nan, expected a number that is not negative"),
         (float("-inf"), ValueError, "threshold is -inf, expected a number that is not negative"),
+        (-(10**400), ValueError, "threshold is -inf, expected a number that is not negative"),
         ("rms", TypeError, "threshold is 'rms', expected a number"),
         (None, TypeError, "threshold is None, expected a number"),
     ),

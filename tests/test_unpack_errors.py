@@ -60,6 +60,7 @@ def test_dtype_of_numpy(dtype: Any) -> None:
     [
         (float("nan"), "float32"),
         (float("inf"), "float64"),
+        (-(10**400), "float64"),
         (1e39, "float32"),
         (65520.0, "float16"),
         (3.4e38, "bfloat16"),

@@ -58,6 +58,8 @@ def _to_number(op: str, name: str, value: SupportsFloat) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{op}: {name} is {value!r}, expected a number") from None
+    except OverflowError:  # of an integer or a fraction
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]
 
 
 # Of struct: a number, and its bits.
