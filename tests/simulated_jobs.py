@@ -23,7 +23,8 @@ from torch import nn
 import simulated_cuda
 from ddp_simulation import Simulation
 from signvote.ddp import CalibratedSwitch, MajorityVoteState, cuda_codec, hook, majority_vote_hook, momentum, topology
-from simulated_cuda import DEVICE, Stream, allocate, raw, simulated, stream_context
+from simulated_cuda import DEVICE, Stream, allocate, raw, stream_context
+from simulated_ops import simulated
 
 NUMELS = {"a": 70, "b": 1000, "c": 33}
 # DDP shows other buckets from the second step on.

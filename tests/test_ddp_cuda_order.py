@@ -21,7 +21,7 @@ import simulated_cuda
 from ranks import RankPool
 from signvote import cuda, cuda_runs, runs
 from signvote.ddp import MajorityVoteState, cuda_codec, voter
-from simulated_cuda import DEVICE, Stream, allocate, raw, simulated, stream_context
+from simulated_cuda import DEVICE, Stream, allocate, raw, stream_context
 from simulated_jobs import (
     OPTIONS,
     TIMES,
@@ -34,6 +34,7 @@ from simulated_jobs import (
     wait_as_ddp,
     what_goes_wrong,
 )
+from simulated_ops import simulated
 
 # These need memory of the device while they pack, from the caching allocator.
 TEMPORARIES = {"abstain_lion", "relative_threshold", "noise", "noise_and_threshold", "mean_abs", "rule", "everything"}

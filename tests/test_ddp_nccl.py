@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import simulated_cuda
+import simulated_ops
 from ranks import RankPool
 from signvote.ddp import MajorityVoteState, attach, channel, codec
-from simulated_cuda import DEVICE, allocate, raw, simulated
+from simulated_cuda import DEVICE, allocate, raw
 from simulated_jobs import (
     OPTIONS,
     Bucket,
@@ -27,6 +28,7 @@ from simulated_jobs import (
     train_on_the_simulated_device,
     what_goes_wrong,
 )
+from simulated_ops import simulated
 
 
 def without_weights(options: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def make_a_group_with_a_bound_device() -> list[torch.device | None]:
 
     def new_group(*arguments: Any, **options: Any) -> Any:
         found.append(default.bound_device_id)
-        return simulated_cuda.Nccl.new_group(*arguments, **options)
+        return simulated_ops.Nccl.new_group(*arguments, **options)
 
     try:
         with simulated(), mock.patch.object(dist, "new_group", new_group):
