@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=30)  # of what the ranks ask of each other
+LEAVING_TOGETHER = timedelta(seconds=0.5)  # a rank waits so long for others, which may wait for it to leave
 
 
 class RankError(AssertionError):
@@ -168,6 +169,8 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
+        counts = dist.distributed_c10d._get_default_store()
+        counts.add("connected", 1)
         for seed in (torch.manual_seed, random.seed, np.random.seed):  # forked, they would draw the same
             seed(rank)
         try:
@@ -178,9 +181,22 @@ def _serve(connection: Connection) -> None:
         connection.send_bytes(pickle.dumps(answer))
         del answer
         with contextlib.suppress(Exception):
+            # What this rank closes must not look to others, who are still connecting, like the end of a peer.
+            counts.add("answered", 1)
+            _await_count(counts, "connected", world, TIMEOUT)
+            _await_count(counts, "answered", world, LEAVING_TOGETHER)
+        del counts
+        with contextlib.suppress(Exception):
             dist.destroy_process_group()
         gc.collect()  # what is left of this job is not for the next one to free
         connection.send_bytes(b"")
+
+
+def _await_count(counts: Any, key: str, count: int, timeout: timedelta) -> None:
+    """Return when ``count`` is reached, or when the time is over."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    while counts.add(key, 0) < count and time.monotonic() < deadline:
+        time.sleep(0.002)
 
 
 def _with_patient_threads(make: Callable[..., Any]) -> Callable[..., Any]:
