@@ -64,7 +64,7 @@ class Channel:
     ) -> None:
         group = _new_group(process_group, timeout, backend)
         self._group = weakref.ref(group)
-        self._timeout = timeout or _timeout_of(group) or dist.constants.default_pg_timeout
+        self._timeout = _limit_of(group, timeout)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self._ranks = dist.get_process_group_ranks(group)
@@ -250,8 +250,9 @@ def _new_group(parent: dist.ProcessGroup | None, timeout: timedelta | None, back
         raise RuntimeError("backend: expected 'gloo', as this torch is built without NCCL, got 'nccl'")
     with _connecting_later():
         group = _new_group_of(parent, timeout or _timeout_of(parent), f"cpu:gloo,cuda:{backend}")
+    patience = _PATIENCE * _limit_of(group, timeout)
     with suppress(Exception):  # torch ends the process when its own time is over: after the channel has said why
-        group._get_backend(torch.device("cuda"))._set_default_timeout(_PATIENCE * (_timeout_of(group) or timedelta(0)))
+        group._get_backend(torch.device("cuda"))._set_default_timeout(patience)
     return group
 
 
@@ -290,6 +291,11 @@ def _new_group_of(parent: dist.ProcessGroup | None, timeout: timedelta | None, b
             "different numbers of them: make the other groups after the first backward pass"
         )
     return dist.new_group(ranks, timeout=timeout, backend=backend, use_local_synchronization=True)
+
+
+def _limit_of(group: dist.ProcessGroup, timeout: timedelta | None) -> timedelta:
+    """How long ``group`` waits, that was made with ``timeout``."""
+    return timeout or _timeout_of(group) or dist.constants.default_pg_timeout
 
 
 def _timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
